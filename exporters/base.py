@@ -1,0 +1,49 @@
+"""What an exporter is: a module of this folder with one class `Exporter` and its pydantic `Options`.
+
+An exporter packs what it is given and writes files; it never chooses a number. `read` gives the
+weights back from the written file with the format's own reader, so that the caller can prove
+`read(export(model)) == model`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from lilliput.artifact import Artifact
+from lilliput.grid import Float, GridSpec, QuantizedTensor
+from lilliput.model import QuantizedModel, Role, TracedModel
+
+
+class ExporterOptions(BaseModel):
+    """Base of every exporter's options: unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Exporter(Protocol):
+    """One format. Stateless."""
+
+    Options: ClassVar[type[ExporterOptions]]
+    packages: ClassVar[tuple[str, ...]]  # imported packages it needs, checked before work
+    extra: ClassVar[str]  # the extra of lilliput that installs them
+
+    def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
+        """Why the format cannot hold such a tensor exactly, or None where it can."""
+        ...
+
+    def export(self, model: QuantizedModel, traced: TracedModel, options: ExporterOptions, folder: Path, *, exact: bool = False) -> Artifact:
+        """Write the model into `folder` (exists, empty).
+
+        `exact` writes the twin that the runtime computes without loss beyond float32: the same
+        dequantized weights, with no 8-bit activations. It serves the ladder and is not shipped.
+        Raises ExportError where the format cannot hold the model.
+        """
+        ...
+
+    def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
+        """The weights in the file by decoder parameter name (q, k, v, gate, up apart again), as far as the file has them."""
+        ...

@@ -1,0 +1,54 @@
+"""The checkpoint between calibration and export: one folder with every code, scale and float of a QuantizedModel.
+
+    codes.safetensors   {name}.codes (int8 or uint8), {name}.scales (float32), {name}.offsets (uint8 or float32)
+    floats.safetensors  {name} (float32)
+    model.json          name, config, grid per quantized tensor, provenance
+    tokenizer/          the source's tokenizer files
+
+Written in sorted order without timestamps: the same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from lilliput.grid import QuantizedTensor, grid
+from lilliput.model import DecoderConfig, QuantizedModel
+
+
+def save(model: QuantizedModel, folder: Path) -> None:
+    """Write `model` into `folder` (made if absent)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    codes: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
+    for name, tensor in sorted(model.quantized.items()):
+        codes[f"{name}.codes"], codes[f"{name}.scales"] = tensor.codes, tensor.scales
+        if tensor.offsets is not None:
+            codes[f"{name}.offsets"] = tensor.offsets
+    save_file({k: np.ascontiguousarray(v) for k, v in codes.items()}, folder / "codes.safetensors")
+    save_file({k: np.ascontiguousarray(v) for k, v in sorted(model.floats.items())}, folder / "floats.safetensors")
+    shutil.copytree(model.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+    text = {
+        "name": model.name,
+        "config": asdict(model.config),
+        "grids": {name: tensor.spec.name for name, tensor in sorted(model.quantized.items())},
+        "provenance": dict(model.provenance),
+    }
+    (folder / "model.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+
+
+def load(folder: Path) -> QuantizedModel:
+    """Read what `save` wrote."""
+    text = json.loads((folder / "model.json").read_text())
+    parts = load_file(folder / "codes.safetensors")
+    quantized = {
+        name: QuantizedTensor(grid(spec), parts[f"{name}.codes"], parts[f"{name}.scales"], parts.get(f"{name}.offsets"))
+        for name, spec in text["grids"].items()
+    }
+    floats = load_file(folder / "floats.safetensors")
+    return QuantizedModel(text["name"], DecoderConfig(**text["config"]), quantized, floats, folder / "tokenizer", text["provenance"])

@@ -1,0 +1,203 @@
+"""The grid: which numbers a runtime's weight format can hold, and a tensor that lies on one.
+
+A weight matrix is (rows, cols) = (output channels, input channels), as in `y = x @ W.T`. It is cut
+along its columns into blocks of `block_size` (the last block may be short); each block has one
+scale and, where the grid is not symmetric, one offset:
+
+    offset "none"        x = scale * code                    codes signed,   int8
+    offset "zero_point"  x = scale * (code - zero_point)     codes unsigned, zero_point uint8
+    offset "minimum"     x = scale * code + minimum          codes unsigned, minimum in scale_dtype
+
+all in float32. Scales (and minima) are rounded to the dtype that the file stores before any code is
+chosen. "bf16_f16" is the set of numbers that bfloat16 *and* float16 hold exactly: XNNPACK computes
+4-bit blocks with bfloat16 scales, GGUF and ONNX store float16.
+
+Signed 8-bit codes stop at -127 (LiteRT's quantization spec asks for it: int8 weights lie in
+[-127, 127]); signed 4-bit codes use all of [-8, 7], which the three formats hold.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lilliput.errors import GridError, did_you_mean
+
+Float = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
+
+Offset = Literal["none", "zero_point", "minimum"]
+ScaleDtype = Literal["bf16_f16", "float16", "float32"]
+
+FLOAT16_MAX = 65504.0
+FLOAT16_TINY = 2.0**-24
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """The numbers that a format can hold. `block_size` 0 is one block per row (per-channel)."""
+
+    bits: int
+    block_size: int
+    offset: Offset = "none"
+    scale_dtype: ScaleDtype = "bf16_f16"
+
+    @property
+    def symmetric(self) -> bool:
+        return self.offset == "none"
+
+    @property
+    def qmin(self) -> int:
+        if not self.symmetric:
+            return 0
+        return -127 if self.bits == 8 else -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def code_dtype(self) -> type[np.int8] | type[np.uint8]:
+        return np.int8 if self.symmetric else np.uint8
+
+    def blocks(self, cols: int) -> int:
+        """How many blocks a row of `cols` columns has."""
+        return 1 if self.block_size == 0 else -(-cols // self.block_size)
+
+    def width(self, cols: int) -> int:
+        """Columns in a full block of a row of `cols` columns."""
+        return self.block_size or cols
+
+    def bits_per_weight(self, cols: int) -> float:
+        """Stored bits a weight, its share of scale and offset included."""
+        scale = 32 if self.scale_dtype == "float32" else 16
+        offset = {"none": 0, "zero_point": self.bits, "minimum": scale}[self.offset]
+        return self.bits + (scale + offset) * self.blocks(cols) / cols
+
+    @property
+    def name(self) -> str:
+        """The grid's name in a recipe; the inverse of `grid(name)`."""
+        block = f"b{self.block_size}" if self.block_size else "channel"
+        tail = {"none": "", "zero_point": "-zp", "minimum": "-min"}[self.offset]
+        scale = {"bf16_f16": "", "float16": "-f16", "float32": "-f32"}[self.scale_dtype]
+        return f"int{self.bits}-{block}{tail}{scale}"
+
+
+GRID_NAME = re.compile(r"int([2-8])-(channel|b(\d+))(-zp|-min)?(-f16|-f32)?")
+COMMON_GRIDS = ("int4-b32", "int4-b64", "int4-b128", "int4-b32-zp-f16", "int4-b32-min-f16", "int8-channel", "int8-b32")
+
+
+def grid(name: str) -> GridSpec:
+    """The grid of that name, e.g. "int4-b32", "int4-b64-zp-f16", "int8-channel".
+
+    Raises GridError for a name that is not of the form `int<bits>-<channel|b<size>>[-zp|-min][-f16|-f32]`.
+    """
+    match = GRID_NAME.fullmatch(name)
+    if match is None or match[3] == "0":
+        raise GridError(f"unknown grid {name!r}: {did_you_mean(name, COMMON_GRIDS)}")
+    offset: Offset = {None: "none", "-zp": "zero_point", "-min": "minimum"}[match[4]]  # type: ignore[assignment]
+    dtype: ScaleDtype = {None: "bf16_f16", "-f16": "float16", "-f32": "float32"}[match[5]]  # type: ignore[assignment]
+    return GridSpec(int(match[1]), int(match[3] or 0), offset, dtype)
+
+
+def round_scale(values: npt.ArrayLike, dtype: ScaleDtype) -> Float:
+    """Round (any shape) to the nearest number that the dtype holds, as float32; saturates, never infinite."""
+    x = np.asarray(values, dtype=np.float32)
+    if dtype == "float32":
+        return x
+    half = np.clip(x, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16).astype(np.float32)
+    return half if dtype == "float16" else _round_bfloat16(np.clip(half, -65280.0, 65280.0))
+
+
+def _round_bfloat16(x: Float) -> Float:
+    """Round to nearest even at bfloat16's 8 significant bits.
+
+    From a float16 the result is a float16 again: it has no more significant bits, and its spacing is no finer.
+    """
+    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    return (rounded & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A (rows, cols) matrix on a grid. Immutable; raises GridError if the parts do not fit the grid."""
+
+    spec: GridSpec
+    codes: Codes  # (rows, cols) int8, or uint8 where the grid has an offset
+    scales: Float  # (rows, n_blocks) float32, already on the grid's scale dtype
+    offsets: npt.NDArray[np.uint8] | Float | None = None  # (rows, n_blocks): zero points uint8, or minima float32
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2 or self.codes.dtype != self.spec.code_dtype:
+            raise GridError(
+                f"{self.spec.name} codes are {self.codes.dtype} {self.codes.shape}, "
+                f"wanted {np.dtype(self.spec.code_dtype)} (rows, cols)"
+            )
+        wanted = (self.codes.shape[0], self.spec.blocks(self.codes.shape[1]))
+        if self.scales.shape != wanted:
+            raise GridError(f"{self.spec.name} scales are {self.scales.shape}, wanted {wanted}")
+        if self.spec.symmetric != (self.offsets is None):
+            raise GridError(f"{self.spec.name} wants {'no ' if self.spec.symmetric else ''}offsets")
+        if self.offsets is not None and self.offsets.shape != wanted:
+            raise GridError(f"{self.spec.name} offsets are {self.offsets.shape}, wanted {wanted}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape  # type: ignore[return-value]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that a format without overhead stores."""
+        rows, cols = self.shape
+        return round(rows * cols * self.spec.bits_per_weight(cols) / 8)
+
+    def per_weight(self, per_block: npt.NDArray[np.generic]) -> Float:
+        """Spread a (rows, n_blocks) array over the columns: (rows, cols) float32."""
+        width, cols = self.spec.width(self.shape[1]), self.shape[1]
+        return np.repeat(per_block.astype(np.float32), width, axis=1)[:, :cols]
+
+    def dequantize(self) -> Float:
+        """(rows, cols) float32, computed in float32 as the formula above reads."""
+        codes, scale = self.codes.astype(np.float32), self.per_weight(self.scales)
+        if self.offsets is None:
+            return scale * codes
+        offset = self.per_weight(self.offsets)
+        return scale * (codes - offset) if self.spec.offset == "zero_point" else scale * codes + offset
+
+    def check(self, name: str) -> None:
+        """Raise GridError if a code, scale or offset of tensor `name` does not lie on the grid."""
+        if self.codes.size and not (self.spec.qmin <= self.codes.min() and self.codes.max() <= self.spec.qmax):
+            raise GridError(f"{name}: codes leave [{self.spec.qmin}, {self.spec.qmax}] of {self.spec.name}")
+        stored = [self.scales] if self.spec.offset != "minimum" else [self.scales, np.asarray(self.offsets)]
+        for part in stored:
+            if not np.isfinite(part).all() or not np.array_equal(round_scale(part, self.spec.scale_dtype), part):
+                raise GridError(f"{name}: scales are not all {self.spec.scale_dtype} numbers, as {self.spec.name} asks")
+
+    def same_as(self, other: QuantizedTensor) -> bool:
+        """Bit for bit: the grid's arithmetic, codes, scales and offsets."""
+        if self.spec.offset != other.spec.offset or self.spec.blocks(self.shape[1]) != other.spec.blocks(other.shape[1]):
+            return False
+        mine, theirs = (self.codes, self.scales, self.offsets), (other.codes, other.scales, other.offsets)
+        return all(np.array_equal(a, b) if a is not None and b is not None else a is b for a, b in zip(mine, theirs, strict=True))
+
+
+def concatenate_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Stack matrices of the same grid and width row-wise (fused q/k/v or gate/up): exact."""
+    specs = {p.spec for p in parts}
+    if len(specs) != 1 or len({p.shape[1] for p in parts}) != 1:
+        raise GridError(f"cannot stack matrices of {sorted(s.name for s in specs)} and shapes {[p.shape for p in parts]}")
+    offsets = None if parts[0].offsets is None else np.concatenate([np.asarray(p.offsets) for p in parts])
+    return QuantizedTensor(
+        parts[0].spec, np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), offsets
+    )
+
+
+def take_rows(tensor: QuantizedTensor, order: npt.NDArray[np.intp]) -> QuantizedTensor:
+    """The matrix with its rows in another order (RoPE permutation): exact."""
+    offsets = None if tensor.offsets is None else tensor.offsets[order]
+    return QuantizedTensor(tensor.spec, tensor.codes[order], tensor.scales[order], offsets)

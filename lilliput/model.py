@@ -1,0 +1,211 @@
+"""What a model is between the stages: SourceModel → TracedModel, and (solved on grids) QuantizedModel.
+
+All three speak of one decoder (lilliput/decoder.py) by the same parameter names. A matrix is
+(out, in); `layers.{i}.` stands before a layer's own names:
+
+    embedding                     (vocab, hidden); also the head where config.tied_embeddings
+    position_embedding            (max_positions, hidden)      only learned positions (GPT-2)
+    attention_norm[.bias]         (hidden,)
+    attention.q|k|v[.bias]        (heads * head_dim, hidden)   RoPE in half-split order (as transformers)
+    attention.o[.bias]            (hidden, heads * head_dim)
+    mlp_norm[.bias]               (hidden,)
+    mlp.gate                      (intermediate, hidden)       only gated MLPs
+    mlp.up[.bias]                 (intermediate, hidden)
+    mlp.down[.bias]               (hidden, intermediate)
+    norm[.bias]                   (hidden,)
+    head                          (vocab, hidden)              only where not tied
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors import safe_open
+
+from lilliput.errors import SourceError
+from lilliput.grid import Float, QuantizedTensor
+
+Role = Literal["linear", "embedding", "head", "vector"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What the generic decoder needs to know of a causal LM. Sizes are counts of elements."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    positions: Literal["rope", "learned"]
+    activation: Literal["silu", "gelu_tanh"]
+    gated_mlp: bool
+    attention_bias: bool
+    mlp_bias: bool
+    tied_embeddings: bool
+    rope_theta: float = 10000.0
+
+    @property
+    def norm_bias(self) -> bool:
+        return self.norm == "layer"
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's name and shape, in the order of computation."""
+        shapes: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, self.hidden_size)}
+        if self.positions == "learned":
+            shapes["position_embedding"] = (self.max_positions, self.hidden_size)
+        for i in range(self.num_layers):
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in self._layer_shapes().items()}
+        shapes |= self._norm_shapes("norm")
+        if not self.tied_embeddings:
+            shapes["head"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        names = (name, f"{name}.bias") if self.norm_bias else (name,)
+        return dict.fromkeys(names, (self.hidden_size,))
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = self._norm_shapes("attention_norm")
+        shapes |= self._linear("attention.q", heads, self.hidden_size, self.attention_bias)
+        shapes |= self._linear("attention.k", kv_heads, self.hidden_size, self.attention_bias)
+        shapes |= self._linear("attention.v", kv_heads, self.hidden_size, self.attention_bias)
+        shapes |= self._linear("attention.o", self.hidden_size, heads, self.attention_bias)
+        shapes |= self._norm_shapes("mlp_norm")
+        if self.gated_mlp:
+            shapes |= self._linear("mlp.gate", self.intermediate_size, self.hidden_size, self.mlp_bias)
+        shapes |= self._linear("mlp.up", self.intermediate_size, self.hidden_size, self.mlp_bias)
+        shapes |= self._linear("mlp.down", self.hidden_size, self.intermediate_size, self.mlp_bias)
+        return shapes
+
+    @staticmethod
+    def _linear(name: str, rows: int, cols: int, bias: bool) -> dict[str, tuple[int, ...]]:
+        return {name: (rows, cols)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def role_of(name: str) -> Role:
+    """What a parameter is to quantization. `vector` covers norms, biases and learned positions: never quantized."""
+    if name in ("embedding", "head"):
+        return name  # type: ignore[return-value]
+    last = name.rsplit(".", 1)[-1]
+    return "linear" if last in ("q", "k", "v", "o", "gate", "up", "down") else "vector"
+
+
+class Weights(Mapping[str, Float]):
+    """Read-only parameters of one safetensors file, each read when asked for: (shape as stored) float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="numpy")
+        except Exception as error:  # safetensors raises its own untyped errors
+            raise SourceError(f"{path}: not a readable safetensors file ({error})") from error
+        self._names = tuple(self._file.keys())
+
+    def __getitem__(self, name: str) -> Float:
+        if name not in self._names:
+            raise KeyError(name)
+        return np.asarray(self._file.get_tensor(name), dtype=np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True, eq=False)
+class SourceModel:
+    """A float model in the decoder's own terms. `tokenizer` is a folder that transformers' AutoTokenizer opens."""
+
+    name: str
+    config: DecoderConfig
+    weights: Mapping[str, Float]
+    tokenizer: Path
+    sha256: str  # of the files that it was read from
+    origin: str  # what the user called it
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A graph input or output. dtype is numpy's name."""
+
+    name: str
+    dtype: Literal["float32", "int32"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator. `inputs` name graph inputs, other nodes' outputs, or parameters (by parameter name).
+
+    op            inputs                                         attributes            outputs
+    embedding     table, indices (T,)                                                  x (1, T, hidden)
+    linear        x, weight[, bias]                                                    y (1, T, out)
+    rms_norm      x, weight                                      eps                   y
+    layer_norm    x, weight, bias                                eps                   y
+    add, mul      a, b (same shape)                                                    y
+    silu, gelu_tanh   x                                                                y
+    attention     q, k, v, k_cache, v_cache, positions[, cos, sin]   num_heads, num_kv_heads, head_dim
+                                                                       y, k_cache', v_cache'
+    last          x (1, T, hidden)                                                     y (1, 1, hidden)
+
+    attention rotates q and k where cos and sin (max_positions, head_dim / 2) are given (half-split),
+    writes k and v (1, T, kv_heads * head_dim) into the caches (1, kv_heads, C, head_dim) at `positions`,
+    and attends causally: query at position p sees cache slots 0..p; scale 1 / sqrt(head_dim).
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One way to call the model: inputs tokens (T,), positions (T,), then k_cache_{i}, v_cache_{i} per layer;
+    outputs logits (1, 1, vocab) of the last position, then the updated caches under the same names with `.out`."""
+
+    name: Literal["prefill", "decode"]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """The decoder's graph as torch.export traced it, in operators that every exporter lowers."""
+
+    config: DecoderConfig
+    signatures: tuple[Signature, ...]
+
+    def signature(self, name: str) -> Signature:
+        return next(s for s in self.signatures if s.name == name)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A solved model: matrices on their grids, the rest as float32. Nothing downstream chooses numbers again."""
+
+    name: str
+    config: DecoderConfig
+    quantized: Mapping[str, QuantizedTensor]
+    floats: Mapping[str, Float]  # norms, biases, learned positions, and whatever a rule keeps in float
+    tokenizer: Path
+    provenance: Mapping[str, str]  # source sha256, solver per tensor group, calibration text's sha256, license
+
+    def dequantized(self, name: str) -> Float:
+        """Parameter `name` as the artifacts hold it, float32."""
+        return self.quantized[name].dequantize() if name in self.quantized else self.floats[name]
