@@ -35,6 +35,8 @@ class Solver(Protocol):
     Options: ClassVar[type[SolverOptions]]
     needs_statistics: ClassVar[bool]
 
-    def solve(self, weight: Float, spec: GridSpec, statistics: InputStatistics | None, options: SolverOptions) -> QuantizedTensor:
-        """(rows, cols) float32 → a tensor on `spec` that has the same shape. Statistics are None for tables (embeddings)."""
+    def solve(
+        self, weight: Float, spec: GridSpec, statistics: InputStatistics | None, options: SolverOptions
+    ) -> QuantizedTensor:
+        """(rows, cols) float32 → a tensor of that shape on `spec`. Statistics are None for tables (embeddings)."""
         ...

@@ -35,7 +35,9 @@ class Exporter(Protocol):
         """Why the format cannot hold such a tensor exactly, or None where it can."""
         ...
 
-    def export(self, model: QuantizedModel, traced: TracedModel, options: ExporterOptions, folder: Path, *, exact: bool = False) -> Artifact:
+    def export(
+        self, model: QuantizedModel, traced: TracedModel, options: ExporterOptions, folder: Path, *, exact: bool = False
+    ) -> Artifact:
         """Write the model into `folder` (exists, empty).
 
         `exact` writes the twin that the runtime computes without loss beyond float32: the same
@@ -45,5 +47,5 @@ class Exporter(Protocol):
         ...
 
     def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
-        """The weights in the file by decoder parameter name (q, k, v, gate, up apart again), as far as the file has them."""
+        """The weights in the file by decoder parameter name: fused q, k, v and gate, up are apart again."""
         ...

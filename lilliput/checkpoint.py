@@ -51,4 +51,6 @@ def load(folder: Path) -> QuantizedModel:
         for name, spec in text["grids"].items()
     }
     floats = load_file(folder / "floats.safetensors")
-    return QuantizedModel(text["name"], DecoderConfig(**text["config"]), quantized, floats, folder / "tokenizer", text["provenance"])
+    return QuantizedModel(
+        text["name"], DecoderConfig(**text["config"]), quantized, floats, folder / "tokenizer", text["provenance"]
+    )

@@ -90,7 +90,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """Attend within x (B, T, hidden) alone; rope holds cos and sin of its T positions."""
-        q, k, v = split_heads(self.q(x), self.heads), split_heads(self.k(x), self.kv_heads), split_heads(self.v(x), self.kv_heads)
+        q, k, v = (
+            split_heads(self.q(x), self.heads),
+            split_heads(self.k(x), self.kv_heads),
+            split_heads(self.v(x), self.kv_heads),
+        )
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         y: Tensor = self.o(attend(q, k, v, torch.arange(x.shape[1])))

@@ -63,10 +63,7 @@ class MissingPackageError(MissingError):
     """A package that is not installed; names the extra to install."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"package {package!r} is not installed, {purpose} needs it: "
-            f'pip install "lilliput[{extra}]"'
-        )
+        super().__init__(f'package {package!r} is not installed, {purpose} needs it: pip install "lilliput[{extra}]"')
 
 
 class MeasurementError(MissingError):

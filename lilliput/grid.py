@@ -54,11 +54,11 @@ class GridSpec:
     def qmin(self) -> int:
         if not self.symmetric:
             return 0
-        return -127 if self.bits == 8 else -(2 ** (self.bits - 1))
+        return -127 if self.bits == 8 else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     @property
     def code_dtype(self) -> type[np.int8] | type[np.uint8]:
@@ -148,7 +148,7 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape  # type: ignore[return-value]
+        return self.codes.shape
 
     @property
     def size_bytes(self) -> int:
@@ -180,17 +180,24 @@ class QuantizedTensor:
 
     def same_as(self, other: QuantizedTensor) -> bool:
         """Bit for bit: the grid's arithmetic, codes, scales and offsets."""
-        if self.spec.offset != other.spec.offset or self.spec.blocks(self.shape[1]) != other.spec.blocks(other.shape[1]):
+        if self.spec.offset != other.spec.offset or self.spec.blocks(self.shape[1]) != other.spec.blocks(
+            other.shape[1]
+        ):
             return False
         mine, theirs = (self.codes, self.scales, self.offsets), (other.codes, other.scales, other.offsets)
-        return all(np.array_equal(a, b) if a is not None and b is not None else a is b for a, b in zip(mine, theirs, strict=True))
+        return all(
+            np.array_equal(a, b) if a is not None and b is not None else a is b
+            for a, b in zip(mine, theirs, strict=True)
+        )
 
 
 def concatenate_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """Stack matrices of the same grid and width row-wise (fused q/k/v or gate/up): exact."""
     specs = {p.spec for p in parts}
     if len(specs) != 1 or len({p.shape[1] for p in parts}) != 1:
-        raise GridError(f"cannot stack matrices of {sorted(s.name for s in specs)} and shapes {[p.shape for p in parts]}")
+        raise GridError(
+            f"cannot stack matrices of {sorted(s.name for s in specs)} and shapes {[p.shape for p in parts]}"
+        )
     offsets = None if parts[0].offsets is None else np.concatenate([np.asarray(p.offsets) for p in parts])
     return QuantizedTensor(
         parts[0].spec, np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), offsets

@@ -111,12 +111,12 @@ class Weights(Mapping[str, Float]):
             self._file = safe_open(path, framework="numpy")
         except Exception as error:  # safetensors raises its own untyped errors
             raise SourceError(f"{path}: not a readable safetensors file ({error})") from error
-        self._names = tuple(self._file.keys())
+        self._names = tuple(self._file.keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> Float:
         if name not in self._names:
             raise KeyError(name)
-        return np.asarray(self._file.get_tensor(name), dtype=np.float32)
+        return np.asarray(self._file.get_tensor(name), dtype=np.float32)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 from torch.fx import Node as FxNode
 
-from lilliput.decoder import Decoder
+from lilliput.decoder import Decoder, Layer
 from lilliput.errors import ExportError
 from lilliput.model import DecoderConfig, Node, Signature, TensorInfo, TracedModel
 
 
 class Step(nn.Module):
     """The decoder as a runtime calls it: tokens and positions (T,), caches in, last logits and caches out."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, decoder: Decoder, context: int) -> None:
         super().__init__()
@@ -30,10 +33,13 @@ class Step(nn.Module):
             self.register_buffer("cos", tables[0])
             self.register_buffer("sin", tables[1])
 
-    def forward(self, tokens: Tensor, positions: Tensor, caches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, caches: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         tables = (self.cos, self.sin) if self.has_rope else None
         h, updated = self.decoder.embed(tokens[None], positions), []
         for layer, cache in zip(self.decoder.layers, caches, strict=True):
+            assert isinstance(layer, Layer)
             h, k_cache, v_cache = layer.cached(h, cache, positions, tables)
             updated.append((k_cache, v_cache))
         return self.decoder.logits(h[:, -1:]), updated
@@ -48,7 +54,9 @@ def trace(decoder: Decoder, context: int, prefill: int) -> TracedModel:
         skeleton = Decoder(decoder.config)
     step = Step(skeleton.eval(), context)
     config = decoder.config
-    return TracedModel(config, (_signature(step, config, context, "prefill", prefill), _signature(step, config, context, "decode", 1)))
+    return TracedModel(
+        config, (_signature(step, config, context, "prefill", prefill), _signature(step, config, context, "decode", 1))
+    )
 
 
 def _signature(step: Step, config: DecoderConfig, context: int, name: str, steps: int) -> Signature:
@@ -99,7 +107,9 @@ def _read(program: ExportedProgram, config: DecoderConfig, cache: tuple[int, ...
     caches = [f"{kv}_cache_{i}" for i in range(config.num_layers) for kv in "kv"]
     inputs = [TensorInfo("tokens", "int32", (steps,)), TensorInfo("positions", "int32", (steps,))]
     inputs += [TensorInfo(c, "float32", cache) for c in caches]
-    results = [TensorInfo("logits", "float32", (1, 1, config.vocab_size))] + [TensorInfo(f"{c}.out", "float32", cache) for c in caches]
+    results = [TensorInfo("logits", "float32", (1, 1, config.vocab_size))] + [
+        TensorInfo(f"{c}.out", "float32", cache) for c in caches
+    ]
     return Signature("prefill" if name == "prefill" else "decode", tuple(inputs), tuple(results), tuple(nodes))
 
 
@@ -110,7 +120,9 @@ def _input_names(program: ExportedProgram, config: DecoderConfig) -> dict[FxNode
     known |= {k: f"rope.{v}" for k, v in signature.inputs_to_buffers.items()}
     caches = (f"{kv}_cache_{i}" for i in range(config.num_layers) for kv in "kv")
     users = iter(["tokens", "positions", *caches])
-    return {fx: known[fx.name] if fx.name in known else next(users) for fx in program.graph.nodes if fx.op == "placeholder"}
+    return {
+        fx: known[fx.name] if fx.name in known else next(users) for fx in program.graph.nodes if fx.op == "placeholder"
+    }
 
 
 def _read_call(fx: FxNode, names: dict[FxNode, str], nodes: list[Node]) -> None:

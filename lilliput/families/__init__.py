@@ -41,7 +41,7 @@ def known() -> tuple[str, ...]:
 
 def load(name: str) -> Family:
     """The family module of that name (one of `known()`)."""
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def family_of(hf: Mapping[str, Any]) -> tuple[str, Family]:
