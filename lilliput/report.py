@@ -1,0 +1,125 @@
+"""The report of one run: report.json for programs, report.md for a README, report.html for a person.
+
+`Report` is what `pipeline` fills and what report.json holds, field by field. A figure that was not measured
+is null, and a note says why. The three files are written atomically (a temporary name, then rename), the
+JSON last: who finds a report.json finds all three.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lilliput.errors import ArtifactError, OutputError
+from lilliput.results import Host, Record, TargetResult, Verdict
+
+
+class RecipeFacts(Record):
+    """The recipe as it ran, after --set, --model and --target. sha256 is of its canonical JSON."""
+
+    name: str
+    sha256: str
+    seed: int
+    context: int  # positions of the KV caches
+    prefill: int
+
+
+class SourceFacts(Record):
+    """The float model. sha256 is of the files that it was read from."""
+
+    name: str
+    origin: str  # what the user called it
+    family: str
+    parameters: int
+    sha256: str
+    license: str | None = None
+
+
+class TextFacts(Record):
+    """A text that was used: to calibrate, or to evaluate. sha256 is of its UTF-8 bytes, or of its token ids."""
+
+    origin: str  # "self", "builtin", a path, a data set
+    tokens: int
+    sha256: str
+
+
+class TensorClass(Record):
+    """Tensors that one rule of the recipe treats alike. bits_per_weight counts their scales and offsets."""
+
+    match: str
+    grid: str  # a grid's name, or float32 / float16 where they are kept
+    solver: str | None  # None: kept in float
+    tensors: int
+    weights: int
+    bits_per_weight: float
+    size_bytes: int
+
+
+class StageTime(Record):
+    """One stage of the pipeline."""
+
+    name: str
+    seconds: float
+    cached: bool
+
+
+class Report(Record):
+    """Everything that a run found. `targets` is in the recipe's order."""
+
+    verdict: Verdict
+    recipe: RecipeFacts
+    source: SourceFacts
+    calibration: TextFacts | None  # None: no rule needed statistics
+    evaluation: TextFacts
+    host: Host
+    versions: dict[str, str]  # lilliput's own and those of the shared packages
+    tensors: tuple[TensorClass, ...]
+    targets: tuple[TargetResult, ...]
+    stages: tuple[StageTime, ...] = ()
+    notes: tuple[str, ...] = ()  # whatever was refused, kept in float or not proven, by name
+    created: str = ""  # UTC, ISO 8601
+
+
+def load(path: Path) -> Report:
+    """Read a report.json, or the one in a folder. Raises ArtifactError where it is none."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        return Report.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}), wanted the report of a run") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ArtifactError(f"{file}: not a report of this version ({where}: {first['msg']})") from error
+
+
+def write(report: Report, out: Path) -> None:
+    """Write report.html, report.md and report.json into `out` (made if absent)."""
+    from lilliput.report_page import html
+    from lilliput.report_table import markdown
+
+    contents = {
+        "report.html": html(report),
+        "report.md": markdown(report),
+        "report.json": report.model_dump_json(indent=2) + "\n",
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in contents.items():
+            _replace(out / name, text)
+    except OSError as error:
+        raise OutputError(
+            f"{out}: the report cannot be written ({error.strerror}); free space or pass another --out"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """All of the text or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
