@@ -1,0 +1,116 @@
+"""What a run is before and after: Plan (stages, what is cached, estimates) and Run (what was done and found).
+
+A stage has a kind and, where there are several of it, a subject: `export:onnx`, `quantize:int4-b32+int8-channel`.
+Its key addresses its result in the store: same code, same inputs, same options → same key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from lilliput.progress import Progress, silent
+from lilliput.recipe_schema import Recipe
+from lilliput.results import Host, TargetResult, Verdict, worst
+
+StageKind = Literal[
+    "source", "trace", "samples", "statistics", "quantize", "evaluation", "reference", "export", "validate", "report"
+]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage. Seconds are an estimate of the work that is left: 0 where it is cached."""
+
+    kind: StageKind
+    subject: str  # "" where there is one of its kind
+    key: str  # hex; "" for the report, which is always written
+    cached: bool
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{self.subject}" if self.subject else self.kind
+
+
+@dataclass(frozen=True)
+class PlannedTarget:
+    """One artifact to be. `size_bytes` is an estimate: exact bytes of each matrix on its grid, floats as stored."""
+
+    name: str
+    exporter: str
+    runtime: str
+    device: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `run` will do. The figures are estimates from the model's size; only stages that are not cached count."""
+
+    recipe: Recipe
+    recipe_sha256: str  # of the recipe as it was read, overrides included
+    out: Path
+    store: Path
+    fresh: bool
+    parameters: int
+    stages: tuple[PlannedStage, ...]
+    targets: tuple[PlannedTarget, ...]
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    @property
+    def cached(self) -> bool:
+        """Whether nothing but the report is left to do."""
+        return all(stage.cached for stage in self.stages if stage.kind != "report")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What became of a planned stage."""
+
+    name: str
+    key: str
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: what report.json, .md and .html show."""
+
+    plan: Plan
+    host: Host
+    stages: tuple[StageRun, ...]
+    targets: tuple[TargetResult, ...]
+    started: str  # ISO 8601, UTC
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the targets'."""
+        return worst([target.verdict for target in self.targets])
+
+    @property
+    def exit_code(self) -> int:
+        return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[self.verdict]
+
+
+class Watcher(Protocol):
+    """Told of each stage as it starts (gives what to call with its progress) and ends."""
+
+    def started(self, stage: PlannedStage) -> Progress: ...
+
+    def finished(self, stage: StageRun) -> None: ...
+
+
+class Quiet:
+    """A watcher that draws nothing."""
+
+    def started(self, stage: PlannedStage) -> Progress:
+        return silent
+
+    def finished(self, stage: StageRun) -> None:
+        """Draw nothing."""
