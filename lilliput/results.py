@@ -45,7 +45,8 @@ class Gate(Record):
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         if (self.max is None) == (self.min is None):
-            raise ValueError(f"gate {self.metric!r} wants one of max and min, not {'none' if self.max is None else 'both'}")
+            seen = "none" if self.max is None else "both"
+            raise ValueError(f"gate {self.metric!r} has {seen} of max and min, wanted one of them")
         return self
 
 

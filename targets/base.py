@@ -1,4 +1,5 @@
 """What a runtime is: a module of targets/runtimes/ with one class `Runtime`; and the session it opens.
+What a device is: a module of targets/devices/ with one class `Device` that runs requests.
 
 All runtimes are driven through the same few calls, so that speed and accuracy are measured by one protocol.
 """
@@ -8,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+from pydantic import BaseModel
+
 from lilliput.artifact import Artifact
 from lilliput.grid import Float
+from lilliput.progress import Progress
+from lilliput.results import Host
+from targets.request import Reply, Request
 
 
 class Session(Protocol):
@@ -45,4 +51,25 @@ class Runtime(Protocol):
 
     def versions(self) -> dict[str, str]:
         """Versions of the runtime's packages."""
+        ...
+
+
+class Device(Protocol):
+    """Where runtimes run: this machine, or one that it reaches. Stateless."""
+
+    Options: ClassVar[type[BaseModel]]
+
+    def describe(self) -> Host:
+        """The machine that measures."""
+        ...
+
+    def threads(self) -> int:
+        """Threads that a runtime gets where the recipe does not say."""
+        ...
+
+    def run(self, request: Request, options: BaseModel, progress: Progress) -> Reply:
+        """Answer the request away from this process.
+
+        Raises MissingPackageError where the runtime's package is missing, MeasurementError where it fails or hangs.
+        """
         ...

@@ -1,0 +1,111 @@
+"""How far a candidate's next-token distribution is from a reference's, token by token, in float64.
+
+With p = softmax(reference logits) and q = softmax(candidate logits) at one position, and t the token that
+the text goes on with:
+
+    kld              Σ p (log p − log q)        nats; the Kullback-Leibler divergence of the candidate
+    agrees           argmax p == argmax q
+    nll              −log q[t]                  perplexity = exp(mean nll)
+    reference_nll    −log p[t]
+
+Each position is worked on alone, so that no more than a row of the vocabulary is held. Neighbouring
+positions are not independent: a 95 % interval of a mean is the percentile bootstrap over whole chunks
+(Efron 1979; blocks as in Künsch 1989), and a single chunk has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lilliput.errors import MeasurementError
+from lilliput.grid import Float
+from lilliput.results import Accuracy, Interval
+
+Double = npt.NDArray[np.float64]
+
+RESAMPLES = 10_000
+
+
+def log_softmax(logits: Float, what: str) -> Double:
+    """(vocab,) float32 → (vocab,) float64. Raises MeasurementError naming `what` where a logit is not finite."""
+    x = logits.astype(np.float64)
+    peak = x.max()
+    if not np.isfinite(peak) or not np.isfinite(x.min()):
+        raise MeasurementError(f"{what}: logits are not all finite, the model cannot be judged by them")
+    x -= peak
+    x -= np.log(np.exp(x).sum())
+    return x
+
+
+def divergence(reference: Double, candidate: Double) -> float:
+    """Kullback-Leibler divergence of two log-distributions (vocab,), in nats; rounding below zero is cut off."""
+    return max(0.0, float(np.dot(np.exp(reference), reference - candidate)))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMetrics:
+    """Figures of every scored position, each (chunks, scored)."""
+
+    kld: Double
+    agrees: npt.NDArray[np.bool_]
+    nll: Double
+    reference_nll: Double
+
+    @classmethod
+    def empty(cls, chunks: int, scored: int) -> TokenMetrics:
+        """Room for that many positions; unset ones are NaN, so that none can be forgotten unnoticed."""
+        kld, nll, reference_nll = (np.full((chunks, scored), np.nan) for _ in range(3))
+        return cls(kld, np.zeros((chunks, scored), dtype=np.bool_), nll, reference_nll)
+
+    def put(self, chunk: int, position: int, reference: Double, candidate: Double, target: int) -> None:
+        """Fill one position from two log-distributions (vocab,) and the token that follows."""
+        at = chunk, position
+        self.kld[at] = divergence(reference, candidate)
+        self.agrees[at] = reference.argmax() == candidate.argmax()
+        self.nll[at], self.reference_nll[at] = -candidate[target], -reference[target]
+
+    def first(self, chunks: int) -> TokenMetrics:
+        """The same of the first chunks only."""
+        return TokenMetrics(self.kld[:chunks], self.agrees[:chunks], self.nll[:chunks], self.reference_nll[:chunks])
+
+    @property
+    def mean_kld(self) -> float:
+        return float(self.kld.mean())
+
+    def save(self, path: Path) -> None:
+        """Write as .npz, each array by its name."""
+        np.savez(path, kld=self.kld, agrees=self.agrees, nll=self.nll, reference_nll=self.reference_nll)
+
+    @classmethod
+    def load(cls, path: Path) -> TokenMetrics:
+        with np.load(path) as parts:
+            return cls(parts["kld"], parts["agrees"], parts["nll"], parts["reference_nll"])
+
+
+def summarize(metrics: TokenMetrics) -> Accuracy:
+    """Means over all positions, each with its interval."""
+    ratio = bootstrap_interval(metrics.nll - metrics.reference_nll)
+    return Accuracy(
+        mean_kld=metrics.mean_kld,
+        top1_agreement=float(metrics.agrees.mean()),
+        perplexity=float(np.exp(metrics.nll.mean())),
+        reference_perplexity=float(np.exp(metrics.reference_nll.mean())),
+        tokens=metrics.kld.size,
+        mean_kld_interval=bootstrap_interval(metrics.kld),
+        top1_agreement_interval=bootstrap_interval(metrics.agrees.astype(np.float64)),
+        perplexity_ratio_interval=ratio and Interval(low=float(np.exp(ratio.low)), high=float(np.exp(ratio.high))),
+    )
+
+
+def bootstrap_interval(values: Double) -> Interval | None:
+    """The 95 % interval of the mean of (chunks, scored), chunks drawn with replacement; None for one chunk."""
+    if len(values) < 2:
+        return None
+    chunk_means = values.mean(axis=1)
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(chunk_means[drawn].mean(axis=1), (2.5, 97.5))
+    return Interval(low=float(low), high=float(high))

@@ -1,0 +1,110 @@
+"""What a validating process asks of a worker process, and its reply: both one JSON file.
+
+The worker opens one artifact on one runtime and does the tasks in their order in that one session.
+While it works it writes lines to its standard output, each a JSON list [done, total] of the task at hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lilliput.artifact import Artifact
+from lilliput.results import Accuracy, Latency, Memory, Record
+
+
+class ArtifactReference(Record):
+    """lilliput.artifact.Artifact, field by field."""
+
+    folder: Path
+    exporter: str
+    main_file: str
+    context: int
+    prefill: int
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> ArtifactReference:
+        return cls(
+            folder=artifact.folder.resolve(),
+            exporter=artifact.exporter,
+            main_file=artifact.main_file,
+            context=artifact.context,
+            prefill=artifact.prefill,
+        )
+
+    def artifact(self) -> Artifact:
+        return Artifact(self.folder, self.exporter, self.main_file, self.context, self.prefill)
+
+
+class AccuracyTask(Record):
+    """Teacher-force the first `chunks` of the evaluation tokens and compare with the float and dequantized logits."""
+
+    kind: Literal["accuracy"] = "accuracy"
+    tokens: Path  # .npy (chunks, length) int32
+    scored_from: int
+    chunks: int
+    reference: Path  # .npy (chunks, scored, vocab) float32, the float model's
+    dequantized: Path  # likewise, the dequantized weights'
+    metrics_out: Path  # .npz that TokenMetrics.save writes
+
+
+class LatencyTask(Record):
+    """Time prompts and decoding; `targets.measure` has the protocol."""
+
+    kind: Literal["latency"] = "latency"
+    tokens: tuple[int, ...]  # any text; at least as many as a prompt or a depth needs
+    prompt_tokens: int = 128
+    depths: tuple[int, ...] = (16, 512)
+    blocks: int = 4
+    steps: int = 32  # decoded tokens a depth and block
+    budget_s: float = 60.0  # later blocks are left out beyond it, never the first two
+
+
+class GenerateTask(Record):
+    """Decode greedily after a prompt until a stop token."""
+
+    kind: Literal["generate"] = "generate"
+    prompt: tuple[int, ...]
+    max_tokens: int = 24
+    stop_tokens: tuple[int, ...] = ()
+
+
+Task = Annotated[AccuracyTask | LatencyTask | GenerateTask, Field(discriminator="kind")]
+
+
+class Request(Record):
+    artifact: ArtifactReference
+    runtime: str
+    threads: int
+    exact: bool = False
+    tasks: tuple[Task, ...]
+
+
+class AccuracyReply(Record):
+    accuracy: Accuracy
+    step_kld: float  # from the dequantized weights, over the same positions
+
+
+class LatencyReply(Record):
+    latency: Latency
+    memory: Memory
+
+
+class MissingPackage(Record):
+    """A package that the worker could not import."""
+
+    package: str
+    extra: str
+
+
+class Reply(Record):
+    """What the worker found. On an error the rest is as far as it came."""
+
+    versions: dict[str, str] = Field(default_factory=dict)
+    accuracy: AccuracyReply | None = None
+    latency: LatencyReply | None = None
+    generated: tuple[int, ...] | None = None
+    error: str | None = None
+    missing: MissingPackage | None = None
