@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lilliput.recipe import Recipe
-from lilliput.run import Plan, PlannedStage, PlannedTarget, Quiet, Run, StageRun, Watcher
+from lilliput.run import Plan, PlannedStage, PlannedTarget, Quiet, Run, Watcher
 
-__all__ = ["Plan", "PlannedStage", "PlannedTarget", "Quiet", "Run", "StageRun", "Watcher", "plan", "run"]
+__all__ = ["Plan", "PlannedStage", "PlannedTarget", "Quiet", "Run", "Watcher", "plan", "run"]
 
 
 def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | None = None, fresh: bool = False) -> Plan:

@@ -12,7 +12,8 @@ from typing import Literal, Protocol
 
 from lilliput.progress import Progress, silent
 from lilliput.recipe_schema import Recipe
-from lilliput.results import Host, TargetResult, Verdict, worst
+from lilliput.report import Report, StageTime
+from lilliput.results import Verdict
 
 StageKind = Literal[
     "source", "trace", "samples", "statistics", "quantize", "evaluation", "reference", "export", "validate", "report"
@@ -68,30 +69,15 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """What became of a planned stage."""
-
-    name: str
-    key: str
-    cached: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Run:
-    """A finished run: what report.json, .md and .html show."""
+    """A finished run. `report` is what report.json holds: verdict, targets with all figures, the stages' times."""
 
     plan: Plan
-    host: Host
-    stages: tuple[StageRun, ...]
-    targets: tuple[TargetResult, ...]
-    started: str  # ISO 8601, UTC
-    seconds: float
+    report: Report
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the targets'."""
-        return worst([target.verdict for target in self.targets])
+        return self.report.verdict
 
     @property
     def exit_code(self) -> int:
@@ -103,7 +89,7 @@ class Watcher(Protocol):
 
     def started(self, stage: PlannedStage) -> Progress: ...
 
-    def finished(self, stage: StageRun) -> None: ...
+    def finished(self, stage: StageTime) -> None: ...
 
 
 class Quiet:
@@ -112,5 +98,5 @@ class Quiet:
     def started(self, stage: PlannedStage) -> Progress:
         return silent
 
-    def finished(self, stage: StageRun) -> None:
+    def finished(self, stage: StageTime) -> None:
         """Draw nothing."""
