@@ -55,6 +55,7 @@ class TensorClass(Record):
     weights: int
     bits_per_weight: float
     size_bytes: int
+    targets: tuple[str, ...] = ()  # the targets that hold it; empty: all
 
 
 class StageTime(Record):

@@ -1,0 +1,106 @@
+"""report.md: the verdict in a sentence, and tables that a README can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from lilliput import figures
+from lilliput.ladder import guilty, steps
+from lilliput.report import Report
+from lilliput.results import GateResult, RungName, TargetResult
+
+COLUMNS = ("target", "verdict", "size", "decode", "prefill", "TTFT", "peak RSS", "mean KLD", "top-1", "perplexity")
+
+RUNGS: tuple[RungName, ...] = ("dequantized", "read_back", "exact", "shipped")
+
+
+def headline(report: Report) -> str:
+    """What the verdict means, in one sentence."""
+    passed, total = sum(t.verdict == "PASS" for t in report.targets), len(report.targets)
+    gates = sum(len(t.gates) for t in report.targets)
+    if passed == total:
+        return f"{passed} of {total} targets pass, {gates} of {gates} gates."
+    words = {"FAIL": "fails", "INCONCLUSIVE": "is inconclusive"}
+    others = ", ".join(f"{t.name} {words[t.verdict]}" for t in report.targets if t.verdict != "PASS")
+    return f"{passed} of {total} targets pass; {others}."
+
+
+def reasons(target: TargetResult) -> list[str]:
+    """Why a target does not pass: each gate in question, and the rung where its loss is."""
+    return [_reason(target, gate) for gate in target.gates if gate.verdict != "PASS"]
+
+
+def _reason(target: TargetResult, gate: GateResult) -> str:
+    seen = figures.metric(gate.name, gate.value) if gate.value is not None else "not measured"
+    text = f"{gate.name} is {seen}, wanted {figures.limit(gate)}"
+    if gate.note:
+        text += f" ({gate.note})"
+    step = guilty(target, gate)
+    if step is None:
+        return text
+    cost = step.step_kld if gate.name.endswith("step_kld") else step.added
+    return f"{text}; the loss is at rung {step.rung} ({figures.signed(cost)} nats): {step.cause}"
+
+
+def cells(target: TargetResult) -> tuple[str, ...]:
+    """One target's row of COLUMNS."""
+    latency, memory, accuracy = target.latency, target.memory, target.accuracy
+    return (
+        target.name,
+        target.verdict,
+        figures.megabytes(target.artifact.size_bytes),
+        f"{figures.number(latency.decode_tokens_per_s)} tok/s" if latency else figures.NONE,
+        f"{figures.number(latency.prefill_tokens_per_s)} tok/s" if latency else figures.NONE,
+        figures.milliseconds(latency.ttft_ms) if latency else figures.NONE,
+        figures.megabytes(memory.peak_rss_bytes) if memory else figures.NONE,
+        figures.number(accuracy.mean_kld) if accuracy else figures.NONE,
+        figures.percent(accuracy.top1_agreement) if accuracy else figures.NONE,
+        figures.perplexity(accuracy),
+    )
+
+
+def markdown(report: Report) -> str:
+    """The whole of report.md."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"# {report.recipe.name}: {report.verdict}"
+    yield ""
+    yield headline(report)
+    yield ""
+    yield from _table(COLUMNS, (cells(t) for t in report.targets))
+    yield ""
+    why = [f"- **{target.name}**: {reason}" for target in report.targets for reason in reasons(target)]
+    yield from (*why, "") if why else ()
+    yield "Where the loss is: what each rung adds to the mean KLD from the float model, in nats a token."
+    yield ""
+    yield from _table(("target", *RUNGS, "together"), map(_ladder_row, report.targets))
+    yield ""
+    yield _provenance(report)
+    notes = [*report.notes, *(f"{t.name}: {note}" for t in report.targets for note in t.notes)]
+    if notes:
+        yield from ("", "Kept in float, refused or not proven:", "")
+        yield from (f"- {note}" for note in notes)
+
+
+def _ladder_row(target: TargetResult) -> tuple[str, ...]:
+    found = {step.rung: step for step in steps(target.ladder)}
+    added = (figures.signed(found[rung].added) if rung in found else figures.NONE for rung in RUNGS)
+    measured = [step.total for step in found.values() if step.total is not None]
+    return (target.name, *added, figures.number(measured[-1] if measured else None))
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    titles = list(head)
+    for row in (titles, ["---", "---", *["---:"] * (len(titles) - 2)], *rows):
+        yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+
+
+def _provenance(report: Report) -> str:
+    host = report.host
+    calibration = report.calibration.origin if report.calibration else "none"
+    return (
+        f"Model {report.source.name}, sha256 `{report.source.sha256[:12]}`; calibration: {calibration}; "
+        f"measured on {host.cpu} ({host.cores} cores, {figures.number(host.memory_bytes / 2**30)} GiB, {host.system})."
+    )
