@@ -69,7 +69,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_explain(file, lines, error.errors()[0])) from error
+        # A misspelt key is reported rather than the required one that is then missing.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise RecipeError(_explain(file, lines, first)) from error
 
 
 def json_schema() -> str:
