@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -67,9 +67,8 @@ def examine(folder: Path, runtimes: Sequence[str] | None = None) -> list[Check]:
 
 
 def _python() -> Check:
+    """Which Python; one that is too old would not have come as far as this."""
     seen = f"{platform.python_implementation()} {platform.python_version()}, {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 11):
-        return Check("python", "missing", seen, "install Python 3.11 or newer")
     return Check("python", "ok", seen)
 
 
@@ -139,7 +138,7 @@ def _memory() -> Check:
 
     total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
     limit = _cgroup_limit_bytes()
-    free = min(free, limit) if limit else free
+    free = min(free, limit) if limit is not None else free
     seen = f"{free / GIB:.1f} GiB available of {total / GIB:.1f} GiB"
     if limit and limit < total:
         seen += f", container limit {limit / GIB:.1f} GiB"
@@ -160,7 +159,8 @@ def _cgroup_limit_bytes() -> int | None:
 
 
 def _disk(folder: Path) -> Check:
-    place = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    home = folder.resolve()
+    place = next(p for p in (home, *home.parents) if p.exists())
     free = shutil.disk_usage(place).free
     seen = f"{free / GIB:.1f} GiB free at {place}"
     if not os.access(place, os.W_OK):
@@ -245,3 +245,15 @@ def _runtime_fix(name: str) -> str:
         re.search(r"extra[^=\n]*=\s*\(?[\"'](\w+)", source.read_text(encoding="utf-8")) if source.is_file() else None
     )
     return f'pip install "lilliput[{match[1] if match else "all"}]"'
+
+
+def runtimes_of(recipe: str) -> tuple[str, ...]:
+    """The runtimes that a recipe's targets name."""
+    from lilliput.recipe import load
+
+    return tuple(sorted({target.runtime.name for target in load(recipe).targets}))
+
+
+def as_json(checks: Sequence[Check]) -> str:
+    """The checks for programs."""
+    return json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False)

@@ -9,7 +9,8 @@ entry-point groups `lilliput.<kind>` and are listed by name and distribution, as
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -111,3 +112,8 @@ def _recipes() -> list[Entry]:
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         found.append(Entry(path.stem, first.lstrip("# ").strip() if first.startswith("#") else ""))
     return found
+
+
+def as_json(found: list[Entry]) -> str:
+    """The list for programs."""
+    return json.dumps([asdict(entry) for entry in found], indent=2, ensure_ascii=False)

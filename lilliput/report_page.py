@@ -130,14 +130,14 @@ def _cells(target: TargetResult, targets: Sequence[TargetResult]) -> tuple[Cell,
     tail = f"p90 {figures.milliseconds(latency.decode_ms_p90)}" if latency else ""
     return (
         Cell("size", figures.megabytes(target.artifact.size_bytes), _share(target.artifact.size_bytes, size)),
-        Cell("decode, tokens/s", speed, _share(latency.decode_tokens_per_s if latency else None, decode), tail),
-        Cell("mean KLD, nats", figures.number(accuracy.mean_kld if accuracy else None),
+        Cell("decode tok/s", speed, _share(latency.decode_tokens_per_s if latency else None, decode), tail),
+        Cell("KLD, nats", figures.number(accuracy.mean_kld if accuracy else None),
              _share(accuracy.mean_kld if accuracy else None, kld), _interval(target)),
-        Cell("prefill, tokens/s", figures.number(latency.prefill_tokens_per_s if latency else None)),
+        Cell("prefill tok/s", figures.number(latency.prefill_tokens_per_s if latency else None)),
         Cell("first token", figures.milliseconds(latency.ttft_ms if latency else None)),
         Cell("load", figures.milliseconds(latency.load_ms if latency else None)),
         Cell("peak RSS", figures.megabytes(memory.peak_rss_bytes if memory else None)),
-        Cell("top-1 agreement", figures.percent(accuracy.top1_agreement if accuracy else None)),
+        Cell("top-1", figures.percent(accuracy.top1_agreement if accuracy else None)),
         Cell("perplexity", figures.number(accuracy.perplexity if accuracy else None), None,
              f"float {figures.number(accuracy.reference_perplexity)}" if accuracy else ""),
     )  # fmt: skip

@@ -1,0 +1,5 @@
+"""`python -m lilliput`: the command line."""
+
+from lilliput.cli import main
+
+main()

@@ -1,0 +1,264 @@
+"""The command line: parses, calls, prints; nothing else.
+
+    0  all gates pass            3  inconclusive
+    1  a gate fails              4  something is missing on this machine
+    2  bad input or usage        70 a defect of Lilliput; 130 interrupted
+
+An error is one line on stderr. Nothing heavy is imported before a command asks for it, so that
+`lilliput --help` answers at once. Standard output carries results only; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from lilliput.errors import LilliputError
+
+BUG, INTERRUPTED, PIPE_CLOSED = 70, 130, 141
+DISK = {errno.ENOSPC: "is full", errno.EDQUOT: "is over its quota", errno.EROFS: "is read-only"}
+
+app = typer.Typer(
+    name="lilliput",
+    help="Quantize a small model once, emit what each runtime wants, and prove each artifact on its runtime.",
+    epilog="Exit codes: 0 all gates pass, 1 a gate fails, 2 bad input, 3 inconclusive, 4 something is missing here.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lilliput import __version__
+
+        typer.echo(f"lilliput {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Quantize a small model once, emit what each runtime wants, and prove each artifact on its runtime."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe (lilliput list recipes).")],
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Only this target; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model: a folder, a .gguf file, a hub id.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where artifacts and report go.  [default: out/<recipe's name>]")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a value of the recipe, e.g. context=512; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do all stages again, whatever is cached.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Do a recipe: quantize, export, prove each artifact on its runtime, report."""
+    from lilliput import pipeline, terminal
+    from lilliput.recipe import load
+    from lilliput.terminal_progress import StageDisplay
+
+    loaded = load(recipe, settings or [])
+    plan = pipeline.plan(loaded, out or Path("out") / loaded.name, target or (), model, fresh)
+    if dry_run:
+        typer.echo(terminal.plan_json(plan)) if as_json else terminal.show_plan(plan)
+        return
+    with StageDisplay(plan) as watcher:
+        done = pipeline.run(plan, watcher)
+    if as_json:
+        typer.echo(done.report.model_dump_json(indent=2))
+    else:
+        terminal.show_report(done.report, plan.out)
+    raise typer.Exit(done.exit_code)
+
+
+@app.command()
+def validate(
+    artifact_dir: Annotated[Path, typer.Argument(help="A target's folder: DIR/<target> of `run --out DIR`.")],
+    as_json: Json = False,
+) -> None:
+    """Prove an artifact again on this machine, by the gates of its manifest."""
+    from lilliput import pipeline, terminal
+    from lilliput.terminal_progress import Countdown
+
+    with Countdown("validate") as progress:
+        result = pipeline.validate(artifact_dir, progress)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        terminal.show_target(result)
+    raise typer.Exit(terminal.EXIT_CODES[result.verdict])
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model file (.gguf, .onnx, .tflite, .litertlm, .safetensors) or a folder.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show what a file or folder holds: bits per class of tensors, metadata, and whether its manifest is kept."""
+    from lilliput import terminal
+    from lilliput.inspection import inspect as look
+
+    found = look(path)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        terminal.show_inspection(found, tensors)
+    raise typer.Exit(0 if found.intact else 2)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The reference: a run's folder, or its report.json.")],
+    b: Annotated[Path, typer.Argument(help="The candidate.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two runs: size, speed, memory and loss, and whether a difference means anything."""
+    from lilliput import terminal
+    from lilliput.compare import compare as difference
+
+    found = difference(a, b)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        terminal.show_comparison(found)
+
+
+@app.command()
+def chat(
+    artifact_dir: Annotated[Path, typer.Argument(help="A target's folder: DIR/<target> of `run --out DIR`.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this and stop. Without it: a conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+) -> None:  # fmt: skip
+    """Talk to an artifact, on the runtime that it was proven on."""
+    from lilliput import terminal
+    from lilliput.chat import Sampler, open_chat
+
+    with open_chat(artifact_dir, Sampler(temperature, top_p, seed), max_tokens, system) as conversation:
+        terminal.talk(conversation, prompt)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="solvers, exporters, runtimes, devices, families, grids or recipes.")],
+    as_json: Json = False,
+) -> None:
+    """List what a recipe can name, each with its summary."""
+    from lilliput import listing
+
+    found = listing.entries(kind)
+    if as_json:
+        typer.echo(listing.as_json(found))
+        return
+    width = max((len(entry.name) for entry in found), default=0)
+    for entry in found:
+        typer.echo(f"{entry.name:{width}}  {entry.summary}".rstrip())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes."""
+    from lilliput.recipe import json_schema
+
+    typer.echo(json_schema(), nl=False)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Check what this recipe needs.  [default: any one runtime]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: Python, packages, memory, disk, cores, instruction sets, runtimes."""
+    from lilliput import doctor as doctors
+    from lilliput import terminal
+
+    needed = doctors.runtimes_of(recipe) if recipe else None
+    checks = doctors.examine(Path(), needed)
+    typer.echo(doctors.as_json(checks)) if as_json else terminal.show_checks(checks)
+    raise typer.Exit(4 if any(check.status == "missing" for check in checks) else 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code; every error becomes one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    os.environ.setdefault("USE_TF", "0")  # transformers would import tensorflow, and fail on Keras 3
+    sys.exit(_answer(arguments))
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
+    try:
+        code = typer.main.get_command(app).main(
+            None if arguments is None else list(arguments), prog_name="lilliput", standalone_mode=False
+        )
+    except TyperException as error:
+        return _usage_error(error)
+    except LilliputError as error:
+        return _say(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except MemoryError:
+        return _say("out of memory: close other programs, or choose a smaller model", 4)
+    except SystemExit:  # typer's own answer to a closed pipe
+        return PIPE_CLOSED
+    except Exception as error:
+        return _disk_error(error) or _bug(error)
+    if code == INTERRUPTED:
+        typer.echo("lilliput: interrupted; finished stages are kept", err=True)
+    return code if isinstance(code, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    typer.echo(f"lilliput: error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _usage_error(error: TyperException) -> int:
+    """Typer's own message on one line; bare `lilliput` is asked for help and gets it."""
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(message, err=True)
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "lilliput"
+    return _say(f"{message[:1].lower()}{message[1:].rstrip('.')} (see {command} --help)", error.exit_code)
+
+
+def _disk_error(error: Exception) -> int | None:
+    """A full or read-only disk wherever it was met; None where it is something else."""
+    if not isinstance(error, OSError) or error.errno not in DISK:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return _say(f"{where}the disk {DISK[error.errno]}: free space, or pass another --out", 4)
+
+
+def _bug(error: Exception) -> int:
+    """A defect: one line, and the traceback in a file that can be sent."""
+    handle, path = tempfile.mkstemp(prefix="lilliput-", suffix=".traceback.txt")
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+    return _say(f"this is a defect of lilliput ({type(error).__name__}: {error}); the traceback is in {path}", BUG)

@@ -1,0 +1,122 @@
+"""What the command line prints: plans, reports, checks, comparisons, inspections, as tables of 80 columns.
+
+Targets are columns and figures are rows, so that three targets fit a terminal and a log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lilliput import figures
+from lilliput.doctor import Check
+from lilliput.report import Report
+from lilliput.report_table import COLUMNS, cells, headline, reasons
+from lilliput.results import TargetResult, Verdict
+from lilliput.run import Plan
+
+EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
+CHECK_COLOURS = {"ok": "green", "warning": "yellow", "missing": "bold red"}
+GIB = 2**30
+
+
+def console() -> Console:
+    """Standard output; made when asked for, so that a redirected stream is the one that is written to."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def table(*head: str) -> Table:
+    """The one look of all tables: the first column left, the others right, no frame."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
+    for index, title in enumerate(head):
+        made.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
+    return made
+
+
+def show_plan(plan: Plan) -> None:
+    """Stages with what is cached, estimated sizes, memory, disk and time."""
+    out = console()
+    stages = table("stage", "state", "time")
+    for stage in plan.stages:
+        stages.add_row(stage.name, "cached" if stage.cached else "to do", "" if stage.cached else _about(stage.seconds))
+    out.print(stages)
+    targets = table("target", "exporter", "runtime", "size")
+    for target in plan.targets:
+        size = f"about {figures.megabytes(target.size_bytes)}"
+        targets.add_row(target.name, target.exporter, f"{target.runtime} on {target.device}", size)
+    out.print(targets)
+    out.print(
+        f"In all: {_about(plan.seconds)}, memory about {figures.number(plan.ram_bytes / GIB)} GiB, "
+        f"disk about {figures.number(plan.disk_bytes / GIB)} GiB, into {escape(str(plan.out))} (nothing was done)"
+    )
+
+
+def _about(seconds: float) -> str:
+    return f"about {figures.seconds(seconds)}"
+
+
+def plan_json(plan: Plan) -> str:
+    """The plan for programs."""
+    facts = {
+        "recipe": plan.recipe.name,
+        "recipe_sha256": plan.recipe_sha256,
+        "out": str(plan.out),
+        "stages": [asdict(stage) | {"name": stage.name} for stage in plan.stages],
+        "targets": [asdict(target) for target in plan.targets],
+        "ram_bytes": plan.ram_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "seconds": plan.seconds,
+    }
+    return json.dumps(facts, indent=2)
+
+
+def show_report(report: Report, out: Path) -> None:
+    """The end of a run: the figures, the verdict, why, and where the report is."""
+    show_targets(report.targets)
+    console().print(f"[{COLOURS[report.verdict]}]{report.verdict}[/] {escape(headline(report))}")
+    console().print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def show_target(target: TargetResult) -> None:
+    """One target, validated by itself."""
+    show_targets([target])
+    console().print(f"[{COLOURS[target.verdict]}]{target.verdict}[/] {escape(target.name)}")
+
+
+def show_targets(targets: Sequence[TargetResult]) -> None:
+    """Figures as rows, targets as columns; below, each gate that did not pass with the rung that answers for it."""
+    rows = [cells(target) for target in targets]
+    made = table("", *(row[0] for row in rows))
+    for index, title in enumerate(COLUMNS[1:], start=1):
+        made.add_row(title, *(_coloured(row[index]) for row in rows))
+    out = console()
+    out.print(made)
+    out.print()
+    for target in targets:
+        for reason in reasons(target):
+            out.print(f"[{COLOURS[target.verdict]}]{escape(target.name)}[/] {escape(reason)}")
+        for note in target.notes:
+            out.print(f"[dim]{escape(target.name)}: {escape(note)}[/]")
+
+
+def _coloured(text: str) -> str:
+    return f"[{COLOURS[text]}]{text}[/]" if text in COLOURS else escape(text)
+
+
+def show_checks(checks: Iterable[Check]) -> None:
+    """The doctor's answer: one line a check, its fix below it."""
+    out = console()
+    for check in checks:
+        out.print(
+            f"[{CHECK_COLOURS[check.status]}]{check.status:8}[/] {escape(f'{check.name:20}')} {escape(check.seen)}", soft_wrap=True
+        )
+        if check.fix:
+            out.print(f"{'':29} [dim]fix:[/] {escape(check.fix)}", soft_wrap=True)
