@@ -127,7 +127,10 @@ class Weights(Mapping[str, Float]):
 
 @dataclass(frozen=True, eq=False)
 class SourceModel:
-    """A float model in the decoder's own terms. `tokenizer` is a folder that transformers' AutoTokenizer opens."""
+    """A float model in the decoder's own terms. `tokenizer` is a folder that transformers' AutoTokenizer opens.
+
+    The two proofs are sentences for the report; one that begins with "not proven" says why it was not made.
+    """
 
     name: str
     config: DecoderConfig
@@ -136,6 +139,8 @@ class SourceModel:
     sha256: str  # of the files that it was read from
     origin: str  # what the user called it
     license: str | None = None
+    tokenizer_parity: str = "not proven: not tried"
+    decoder_proof: str = "not proven: not tried"
 
 
 @dataclass(frozen=True)

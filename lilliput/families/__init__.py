@@ -1,20 +1,27 @@
-"""Model families: each module maps one family of Hugging Face checkpoints onto the generic decoder.
+"""Model families: each module maps one family of checkpoints onto the generic decoder.
 
-A family module offers
+A family module offers, for Hugging Face folders and for GGUF files,
 
     ARCHITECTURES: tuple[str, ...]                       config.json's `architectures` that it reads
-    def config(hf: Mapping) -> DecoderConfig             which config field means what
+    UNUSED: re.Pattern                                   checkpoint tensors that are no parameters (masks, tables)
+    def config(hf) -> DecoderConfig                      which config field means what
     def weights(config, read, names) -> Iterator[(name, array)]    which checkpoint weight goes where
 
-`read(name)` gives a checkpoint tensor as float32, `names` is the set of tensors that there are.
-The folder is the registry.
+    GGUF_ARCHITECTURE: str                               `general.architecture` that it reads
+    def gguf_config(fields, shapes) -> DecoderConfig     which metadata key means what (keys without the prefix)
+    def gguf_weights(config, read) -> Iterator[(name, array)]
+
+`read(name)` gives a checkpoint tensor as float32, `names` is the set of tensors that there are, `shapes`
+their shapes. `weights` must not look at the numbers: shapes are checked first on arrays without any. The
+folder is the registry.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from lilliput.errors import SourceError, did_you_mean
@@ -22,16 +29,23 @@ from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 Read = Callable[[str], Float]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Family(Protocol):
     """What a family module offers."""
 
     ARCHITECTURES: tuple[str, ...]
+    UNUSED: re.Pattern[str]
+    GGUF_ARCHITECTURE: str
 
     def config(self, hf: Mapping[str, Any]) -> DecoderConfig: ...
 
     def weights(self, config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]: ...
+
+    def gguf_config(self, fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig: ...
+
+    def gguf_weights(self, config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]: ...
 
 
 def known() -> tuple[str, ...]:
@@ -53,3 +67,28 @@ def family_of(hf: Mapping[str, Any]) -> tuple[str, Family]:
             return name, family
     supported = [a for family in families.values() for a in family.ARCHITECTURES]
     raise SourceError(f"architecture {wanted!r} is not supported: {did_you_mean(wanted, supported)}")
+
+
+def gguf_family_of(architecture: str) -> Family:
+    """The family that reads GGUF files of that `general.architecture`. Raises SourceError naming the known ones."""
+    families = {load(name).GGUF_ARCHITECTURE: load(name) for name in known()}
+    if architecture not in families:
+        raise SourceError(
+            f"GGUF architecture {architecture!r} is not supported: {did_you_mean(architecture, families)}"
+        )
+    return families[architecture]
+
+
+def require(fields: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    """Raise SourceError naming the keys that `fields` (config.json, GGUF metadata: `where`) lacks or holds as null."""
+    absent = [key for key in keys if fields.get(key) is None]
+    if absent:
+        raise SourceError(f"{where} has no {', '.join(map(repr, absent))}: the file is incomplete, get it anew")
+
+
+def refuse(fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    """Raise SourceError for a key that asks for what the decoder does not do: absent, null or an allowed value pass."""
+    for key, values in allowed.items():
+        if fields.get(key) is not None and fields[key] not in values:
+            choices = " or ".join(repr(v) for v in (*values, None))
+            raise SourceError(f"{where}: {key} {fields[key]!r} is not supported: only {choices} is")

@@ -1,19 +1,26 @@
 """Llama, SmolLM, SmolLM2, Mistral: RMS norm, rotary positions, grouped-query attention, gated SiLU MLP.
 
-Weight names as in transformers' LlamaForCausalLM; matrices are (out, in) there too.
+Weight names as in transformers' LlamaForCausalLM; matrices are (out, in) there too. GGUF files hold the
+rows of q and k in ggml's interleaved order: of each head, row 2j is the half-split row j, row 2j + 1 the
+half-split row head_dim/2 + j (`permute` of llama.cpp's convert_hf_to_gguf.py). It is undone here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from lilliput.errors import SourceError
-from lilliput.families import Read
+from lilliput.families import Read, Shapes, refuse, require
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # a table that old checkpoints carry
+GGUF_ARCHITECTURE = "llama"
 
 LAYER = {
     "attention_norm": "input_layernorm",
@@ -27,15 +34,42 @@ LAYER = {
     "mlp.down": "mlp.down_proj",
 }
 TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+MISTRAL_SLIDING_WINDOW = 4096  # transformers' MistralConfig, where config.json does not say
+
+GGUF_LAYER = {
+    "attention_norm": "attn_norm",
+    "attention.q": "attn_q",
+    "attention.k": "attn_k",
+    "attention.v": "attn_v",
+    "attention.o": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}
+GGUF_TOP = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
+GGUF_REQUIRED = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
+# Keys (gguf's constants.py) that change the arithmetic, and the values that leave it alone.
+GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0, 0.0), "rope.scale_linear": (1.0, 0.0),
+    "rope.scaling.attn_factor": (1.0, 0.0), "expert_count": (0,), "logit_scale": (1.0, 0.0),
+    "residual_scale": (1.0, 0.0), "embedding_scale": (1.0, 0.0), "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,), "attention.causal": (True,),
+}  # fmt: skip
 
 
 def config(hf: Mapping[str, Any]) -> DecoderConfig:
-    if hf.get("hidden_act", "silu") != "silu":
-        raise SourceError(f"hidden_act {hf['hidden_act']!r} is not supported in a Llama: only 'silu' is")
-    for field in ("rope_scaling", "sliding_window"):
-        if hf.get(field) is not None:
-            raise SourceError(f"{field} {hf[field]!r} is not supported in a Llama: only null is")
+    require(hf, REQUIRED, "config.json")
+    refuse(hf, {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,)}, "config.json")
     heads = hf["num_attention_heads"]
+    _check_window(hf)
     return DecoderConfig(
         family="llama",
         vocab_size=hf["vocab_size"],
@@ -45,28 +79,111 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        max_positions=hf.get("max_position_embeddings", 2048),
+        max_positions=hf["max_position_embeddings"],
         norm="rms",
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_eps=hf["rms_norm_eps"],
         positions="rope",
         activation="silu",
         gated_mlp=True,
-        attention_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-        tied_embeddings=hf.get("tie_word_embeddings", False),
-        rope_theta=hf.get("rope_theta", 10000.0),
+        attention_bias=bool(hf.get("attention_bias")),
+        mlp_bias=bool(hf.get("mlp_bias")),
+        tied_embeddings=bool(hf.get("tie_word_embeddings")),
+        rope_theta=_rope_theta(hf),
     )
 
 
+def _check_window(hf: Mapping[str, Any]) -> None:
+    """Only Mistral has a sliding window; one that no position reaches past changes nothing."""
+    if "MistralForCausalLM" not in (hf.get("architectures") or ()):
+        return
+    window, positions = hf.get("sliding_window", MISTRAL_SLIDING_WINDOW), hf["max_position_embeddings"]
+    if window is not None and window < positions:
+        raise SourceError(
+            f"config.json: sliding_window {window} is smaller than max_position_embeddings {positions}, and sliding "
+            f"windows are not supported: set max_position_embeddings to at most {window}, or sliding_window to null"
+        )
+
+
+def _rope_theta(hf: Mapping[str, Any]) -> float:
+    """The rotary base. `rope_scaling` (and `rope_parameters`, its newer name) may only be null or default."""
+    theta = hf.get("rope_theta")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise SourceError(f"config.json: {key} {rope!r} is not supported in a Llama: only null or 'default' is")
+        theta = rope.get("rope_theta", theta)
+    return 10000.0 if theta is None else float(theta)
+
+
 def checkpoint_name(name: str) -> str:
-    """The checkpoint's name of decoder parameter `name`."""
+    """The Hugging Face checkpoint's name of decoder parameter `name`."""
+    return _name(name, TOP, LAYER, "model.layers")
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF file's name of decoder parameter `name`."""
+    return _name(name, GGUF_TOP, GGUF_LAYER, "blk")
+
+
+def _name(name: str, top: Mapping[str, str], layer: Mapping[str, str], prefix: str) -> str:
     bare, suffix = (name.removesuffix(".bias"), ".bias") if name.endswith(".bias") else (name, ".weight")
     if not bare.startswith("layers."):
-        return TOP[bare] + suffix
+        return top[bare] + suffix
     _, index, inner = bare.split(".", 2)
-    return f"model.layers.{index}.{LAYER[inner]}{suffix}"
+    return f"{prefix}.{index}.{layer[inner]}{suffix}"
 
 
 def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
     for name in config.parameter_shapes():
         yield name, read(checkpoint_name(name))
+
+
+def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
+    require(fields, GGUF_REQUIRED, "GGUF metadata")
+    refuse(fields, GGUF_NEUTRAL, "GGUF metadata")
+    hidden, heads = fields["embedding_length"], fields["attention.head_count"]
+    kv_heads = fields.get("attention.head_count_kv", heads)
+    head_dim = fields.get("attention.key_length") or hidden // heads
+    for key in ("rope.dimension_count", "attention.value_length"):
+        refuse(fields, {key: (head_dim,)}, "GGUF metadata")
+    window, positions = fields.get("attention.sliding_window") or 0, fields["context_length"]
+    if 0 < window < positions:
+        raise SourceError(
+            f"GGUF metadata: attention.sliding_window {window} is smaller than context_length {positions}, "
+            "and sliding windows are not supported"
+        )
+    return DecoderConfig(
+        family="llama",
+        vocab_size=shapes.get("token_embd.weight", (fields.get("vocab_size", 0), 0))[0],
+        hidden_size=hidden,
+        intermediate_size=fields["feed_forward_length"],
+        num_layers=fields["block_count"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=positions,
+        norm="rms",
+        norm_eps=float(np.float32(fields["attention.layer_norm_rms_epsilon"])),
+        positions="rope",
+        activation="silu",
+        gated_mlp=True,
+        attention_bias="blk.0.attn_q.bias" in shapes,
+        mlp_bias="blk.0.ffn_up.bias" in shapes,
+        tied_embeddings="output.weight" not in shapes,
+        rope_theta=float(fields.get("rope.freq_base", 10000.0)),
+    )
+
+
+def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:
+    for name in config.parameter_shapes():
+        array, inner = read(gguf_name(name)), name.removesuffix(".bias")
+        yield name, half_split(array, config.head_dim) if inner.endswith(("attention.q", "attention.k")) else array
+
+
+def half_split(rows: Float, head_dim: int) -> Float:
+    """Rows (heads * head_dim, …) from interleaved to half-split order within each head."""
+    if rows.shape[0] % head_dim:
+        return rows  # the check of shapes names it
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])  # (heads, head_dim / 2, 2, …)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

@@ -1,0 +1,81 @@
+"""The decoder proof: our decoder's logits against transformers' own model, on fixed token ids, before anything else.
+
+Compared is the largest difference over the standard deviation of the reference's logits, all in float32. A GGUF
+file is read by transformers' own import of its weights (which is right, unlike its import of tokenizers).
+"""
+
+from __future__ import annotations
+
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lilliput.errors import SourceError
+from lilliput.model import SourceModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOLERANCE = 1e-4  # of the logits' standard deviation
+ROWS, STEPS = 2, 48
+
+
+def prove(source: SourceModel, original: Path, *, allow_remote_code: bool = False) -> str:
+    """Compare and return the sentence for the report. `original` is the folder or GGUF file that `source` came from.
+
+    Raises SourceError where they differ by more than TOLERANCE, or where transformers cannot read `original`.
+    """
+    tokens = fixed_tokens(source.config.vocab_size, min(STEPS, source.config.max_positions))
+    error = relative_error(_our_logits(source, tokens), _their_logits(original, tokens, allow_remote_code))
+    if not error <= TOLERANCE:  # also a NaN
+        raise SourceError(
+            f"{original}: the decoder's logits differ from transformers' by {error:.2e} of their spread, wanted at "
+            f"most {TOLERANCE:.0e}: the model computes something that the generic decoder does not"
+        )
+    return (
+        f"proven against transformers: logits within {error:.1e} of their spread on {ROWS} x {tokens.shape[1]} tokens"
+    )
+
+
+def fixed_tokens(vocab_size: int, steps: int) -> Tensor:
+    """(ROWS, steps) int64, the same for the same vocabulary."""
+    import torch
+
+    return torch.randint(0, vocab_size, (ROWS, steps), generator=torch.Generator().manual_seed(0))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over the reference's standard deviation."""
+    return float((ours - theirs).abs().max() / theirs.std())
+
+
+def _our_logits(source: SourceModel, tokens: Tensor) -> Tensor:
+    import torch
+
+    from lilliput import decoder
+
+    with torch.no_grad():
+        logits: Tensor = decoder.build(source)(tokens)
+    return logits
+
+
+def _their_logits(original: Path, tokens: Tensor, allow_remote_code: bool) -> Tensor:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = {"gguf_file": original.name} if original.is_file() else {}
+    folder = original.parent if original.is_file() else original
+    try:
+        with redirect_stderr(StringIO()):  # progress bars of their own
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=torch.float32, trust_remote_code=allow_remote_code, **place
+            )
+    except Exception as error:  # transformers raises whatever its readers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(
+            f"{original}: transformers cannot read it, so the decoder cannot be proven ({reason})"
+        ) from error
+    with torch.no_grad():
+        logits: Tensor = model.eval()(tokens).logits
+    return logits
