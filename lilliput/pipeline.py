@@ -1,26 +1,196 @@
-"""The pipeline: plan(recipe) → Plan, run(plan) → Run."""
+"""The pipeline: plan(recipe) → Plan, run(plan) → Run, validate(artifact's folder) → TargetResult.
+
+A run walks the graph's stages in order. A stage whose result is in the store is not done again; before a result is
+read by a stage that is done, its bytes are verified, and a damaged one is made anew. A run that was killed
+leaves finished stages behind, and the next one goes on from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-from lilliput.recipe import Recipe
+from lilliput import facts, manifest, output, registry, report
+from lilliput import graph as graphs
+from lilliput.graph import Graph, Stage, TargetStages
+from lilliput.manifest import ArtifactFacts, Manifest
+from lilliput.planning import host_of, plan, source_sha256
+from lilliput.progress import Progress
+from lilliput.recipe_schema import Recipe
+from lilliput.report import Report, StageTime, TensorClass
+from lilliput.results import Host, TargetResult, worst
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Quiet, Run, Watcher
+from lilliput.stages import export as exporting
+from lilliput.stages import validate as validation
+from lilliput.store import Store, default_root, publish
 
-__all__ = ["Plan", "PlannedStage", "PlannedTarget", "Quiet", "Run", "Watcher", "plan", "run"]
-
-
-def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | None = None, fresh: bool = False) -> Plan:
-    """All stages in order, what is cached and what the rest will take; every check that needs no work.
-
-    `targets` keeps the targets of these names, `model` replaces the recipe's source, `fresh` ignores what is cached.
-    Raises LilliputError: a format that cannot hold a tensor, a missing package, too little disk or memory,
-    an output folder that holds something else.
-    """
-    raise NotImplementedError
+__all__ = ["Plan", "PlannedStage", "PlannedTarget", "Quiet", "Run", "Watcher", "plan", "run", "validate"]
 
 
 def run(plan: Plan, watcher: Watcher | None = None) -> Run:
     """Do what is planned; write `out/<target>/…` with manifest.json and `out/report.json|md|html`."""
-    raise NotImplementedError
+    graph = graphs.build(plan.recipe, plan.source_sha256, plan.host)
+    work = Work(Store(plan.store), watcher or Quiet(), plan.fresh)
+    with output.claimed(plan.out):
+        work.store.clean()
+        for stage in graph.order:
+            work.folder(stage)
+        with work.timed(PlannedStage("report", "", "", cached=False, seconds=0.0)):
+            made = _report(plan, graph, work)
+            for stages, result in zip(graph.targets, made.targets, strict=True):
+                _publish(plan, graph, stages, result, made, work)
+            report.write(made, plan.out)
+    return Run(plan, made)
+
+
+class Work:
+    """The stages that were asked for so far, each at most once: found in the store, or done."""
+
+    def __init__(self, store: Store, watcher: Watcher, fresh: bool) -> None:
+        self.store = store
+        self.times: list[StageTime] = []
+        self._watcher, self._fresh = watcher, fresh
+        self._folders: dict[str, Path] = {}
+        self._verified: set[str] = set()
+
+    def folder(self, stage: Stage) -> Path:
+        """The folder of a stage's result."""
+        if stage.key not in self._folders:
+            found = None if self._fresh else self.store.find(stage.kind, stage.key)
+            if found is None:
+                self._do(stage, replace=self._fresh)
+            else:
+                self._folders[stage.key] = found
+                self._note(stage.name, cached=True, seconds=0.0)
+        return self._folders[stage.key]
+
+    def verified(self, stage: Stage) -> Path:
+        """The folder of a result whose bytes were checked; a damaged one is made anew."""
+        self.folder(stage)
+        if stage.key not in self._verified:
+            if not self.store.verify(stage.kind, stage.key):
+                self._do(stage, replace=True)
+            self._verified.add(stage.key)
+        return self._folders[stage.key]
+
+    def _do(self, stage: Stage, *, replace: bool) -> None:
+        for needed in stage.inputs:
+            self.verified(needed)
+        planned = PlannedStage(stage.kind, stage.subject, stage.key, cached=False, seconds=0.0)
+        progress, start = self._watcher.started(planned), time.monotonic()
+        self._folders[stage.key], there = self.store.build(
+            stage.kind, stage.key, lambda folder: stage.work(self.folder, folder, progress), fresh=replace
+        )
+        self._verified.add(stage.key)
+        self._note(stage.name, cached=there, seconds=time.monotonic() - start)
+
+    @contextmanager
+    def timed(self, planned: PlannedStage) -> Iterator[Progress]:
+        """Tell the watcher of a stage that is not addressed by content."""
+        start = time.monotonic()
+        yield self._watcher.started(planned)
+        self._note(planned.name, cached=False, seconds=time.monotonic() - start)
+
+    def _note(self, name: str, *, cached: bool, seconds: float) -> None:
+        noted = StageTime(name=name, seconds=seconds, cached=cached)
+        self.times = [*(t for t in self.times if t.name != name), noted]
+        self._watcher.finished(noted)
+
+
+def _report(plan: Plan, graph: Graph, work: Work) -> Report:
+    recipe, source = plan.recipe, work.folder(graph.source)
+    targets = tuple(
+        validation.judged(work.folder(stages.validate), plan.recipe.gates_of(stages.target)) for stages in graph.targets
+    )
+    return Report(
+        verdict=worst([target.verdict for target in targets]),
+        recipe=facts.recipe_facts(recipe, plan.recipe_sha256),
+        source=facts.source_facts(recipe, source),
+        calibration=facts.calibration_facts(work.folder(graph.samples)) if graph.samples else None,
+        evaluation=facts.evaluation_facts(recipe, work.folder(graph.evaluation)),
+        host=_host(recipe),
+        versions=facts.versions(),
+        tensors=_tensors(graph, source),
+        targets=targets,
+        stages=tuple(work.times),
+        notes=facts.proofs(source),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _host(recipe: Recipe) -> Host:
+    host: Host = registry.load("devices", recipe.targets[0].device.name)().describe()
+    return host
+
+
+def _tensors(graph: Graph, source: Path) -> tuple[TensorClass, ...]:
+    """Of every distinct set of rules, each class once."""
+    config = facts.config_of(source)
+    return tuple(dict.fromkeys(c for t in graph.targets for c in facts.tensor_classes(t.solution.rules, config)))
+
+
+def _publish(plan: Plan, graph: Graph, stages: TargetStages, result: TargetResult, made: Report, work: Work) -> None:
+    """Copy the artifact beside its manifest; nothing is copied where the same files lie there already."""
+    destination, exported = plan.out / stages.target.name, work.verified(stages.export)
+    artifact = exporting.open_artifact(exported)
+    recipe = plan.recipe.model_copy(update={"targets": (stages.target,)})
+    described = Manifest(
+        name=made.source.name,
+        target=stages.target.name,
+        artifact=ArtifactFacts(
+            exporter=artifact.exporter,
+            main_file=artifact.main_file,
+            context=artifact.context,
+            prefill=artifact.prefill,
+        ),
+        files=manifest.files_of(artifact.folder),
+        recipe=recipe,
+        recipe_sha256=plan.recipe_sha256,
+        source=made.source,
+        calibration=made.calibration,
+        evaluation=made.evaluation,
+        tensors=facts.tensor_classes(stages.solution.rules, facts.config_of(work.folder(graph.source))),
+        seed=recipe.seed,
+        stages={stage.name: stage.key for stage in _ancestry(stages.validate)},
+        versions=made.versions | result.versions,
+        host=made.host,
+        result=result,
+        created=made.created,
+    )
+    if not destination.is_dir() or manifest.files_of(destination) != described.files:
+        publish(artifact.folder, destination)
+    manifest.write(described, destination)
+
+
+def _ancestry(stage: Stage) -> list[Stage]:
+    """A stage and all that it depends on, first things first."""
+    return list(dict.fromkeys([s for needed in stage.inputs for s in _ancestry(needed)] + [stage]))
+
+
+def validate(folder: Path, progress: Progress) -> TargetResult:
+    """Prove an artifact's folder again on this machine, against the float model and by the gates of its manifest.
+
+    Whatever the store still holds of its run is used. Raises ArtifactError for files that are not the manifest's.
+    """
+    found = manifest.verify(folder)
+    recipe = found.recipe
+    graph = graphs.build(recipe, source_sha256(recipe.model), host_of(recipe))
+    (stages,) = graph.targets
+    work = Work(Store(default_root()), Quiet(), fresh=False)
+    held = validation.Held(
+        work.verified(graph.evaluation),
+        work.verified(graph.reference),
+        work.verified(stages.solution.dequantized),
+    )
+    measured = validation.measure(
+        found.open(folder),
+        work.verified(stages.solution.quantize),
+        work.verified(graph.trace),
+        held,
+        stages.target,
+        progress,
+    )
+    return validation.judge(measured, recipe.gates_of(stages.target))

@@ -25,7 +25,16 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from lilliput import registry
 from lilliput.errors import GridError, LilliputError, RecipeError
@@ -48,6 +57,10 @@ class Plugin(Strict):
 
     name: str
     options: dict[str, Any] = {}
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return {"name": self.name, **self.options} if self.options else self.name
 
 
 def _read_plugin(value: object) -> object:
@@ -92,15 +105,16 @@ GridName = Annotated[str, AfterValidator(_grid_name), Field(examples=[*COMMON_GR
 
 
 class ModelSpec(Strict):
-    """Where the float model is. Pickled weights are refused unless `allow_pickle`."""
+    """Where the float model is. Pickled weights and remote code are refused unless asked for."""
 
     source: str = Field(min_length=1)
     name: str | None = None  # the artifacts' name; default: the source's own
     allow_pickle: bool = False
+    allow_remote_code: bool = False
 
 
 class Calibration(Strict):
-    """Samples: `self` (the model writes them), `builtin`, dataset:<id or path>, a .jsonl file or any other text file."""
+    """Samples: `self` (the model writes them), `builtin`, dataset:<id or path>, a .jsonl file or another text."""
 
     samples: str = Field(default="self", min_length=1)
     count: int = Field(default=48, ge=1)

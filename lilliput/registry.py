@@ -14,6 +14,7 @@ Other distributions add theirs through the entry-point groups `lilliput.<kind>` 
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -68,6 +69,23 @@ def load(kind: Kind, name: str) -> type[Any]:
     return plugin
 
 
+def constant(kind: Kind, name: str, attribute: str) -> object:
+    """A class constant of a plugin: read from its source where it stands there as a literal, else from the class."""
+    check_name(kind, name)
+    for path in source_files(kind, name):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ClassDef) and node.name == FOLDERS[kind][1]:
+                found = [s for s in node.body if isinstance(s, ast.AnnAssign | ast.Assign) and _assigns(s, attribute)]
+                if found and isinstance(found[-1].value, ast.Constant | ast.Tuple):
+                    return ast.literal_eval(found[-1].value)
+    return getattr(load(kind, name), attribute)
+
+
+def _assigns(node: ast.AnnAssign | ast.Assign, attribute: str) -> bool:
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+    return any(isinstance(target, ast.Name) and target.id == attribute for target in targets)
+
+
 def extra_of(package: str) -> str:
     """The extra of lilliput that installs an imported package; "all" where the name tells nothing."""
     extras = {"onnx": ("onnx", "onnxruntime", "onnxruntime_genai"), "llamacpp": ("llama_cpp",), "data": ("datasets",)}
@@ -77,9 +95,9 @@ def extra_of(package: str) -> str:
 
 def missing_packages(kind: Kind, name: str) -> list[tuple[str, str]]:
     """(package, extra) of each package that the plugin says it needs and that is not installed."""
-    plugin = load(kind, name)
-    needed = getattr(plugin, "packages", ())
-    return [(p, getattr(plugin, "extra", "all")) for p in needed if importlib.util.find_spec(p) is None]
+    needed, extra = constant(kind, name, "packages"), constant(kind, name, "extra")
+    assert isinstance(needed, tuple)
+    return [(package, str(extra)) for package in needed if importlib.util.find_spec(package) is None]
 
 
 def options(kind: Kind, name: str, given: dict[str, Any]) -> BaseModel | None:

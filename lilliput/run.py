@@ -16,7 +16,17 @@ from lilliput.report import Report, StageTime
 from lilliput.results import Verdict
 
 StageKind = Literal[
-    "source", "trace", "samples", "statistics", "quantize", "evaluation", "reference", "export", "validate", "report"
+    "source",
+    "evaluation",
+    "samples",
+    "trace",
+    "reference",
+    "statistics",
+    "quantize",
+    "dequantized",
+    "export",
+    "validate",
+    "report",
 ]
 
 
@@ -51,7 +61,9 @@ class Plan:
     """What `run` will do. The figures are estimates from the model's size; only stages that are not cached count."""
 
     recipe: Recipe
-    recipe_sha256: str  # of the recipe as it was read, overrides included
+    recipe_sha256: str  # of its canonical JSON
+    source_sha256: str  # of the files that the model is read from
+    host: str  # names the machine that measures
     out: Path
     store: Path
     fresh: bool

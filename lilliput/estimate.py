@@ -1,0 +1,88 @@
+"""What a plan will take: time, memory, disk and file sizes. Estimates, and labelled so wherever they are shown.
+
+Sizes of artifacts are counted: exact bytes of each matrix on its grid, 4 bytes for every other number. Times are
+linear in the model's parameters and the tokens that pass through it, with rates measured on two cores with AVX2;
+they serve to tell minutes from hours, not to promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lilliput.grid import grid
+from lilliput.model import DecoderConfig
+from lilliput.recipe_schema import FLOAT, Recipe, Rule, parameter_count
+from lilliput.results import Record
+from lilliput.run import StageKind
+
+GIGA = 10**9
+FLOAT32_BYTES = 4
+TORCH_BYTES = 700_000_000  # the interpreter with torch and transformers
+
+# Seconds per (10⁹ parameters × unit), measured on SmolLM2-135M; the unit is in the comment.
+SOURCE_S = 60.0  # once: reading, dequantizing, proving
+FORWARD_S = 0.0075  # per token of a batched forward pass
+GENERATE_S = 0.0115  # per sampled token, 48 samples a step
+STATISTICS_S = 0.011  # per token: the forward pass and its second moments
+SOLVE_S = 300.0  # once: GPTQ
+EXPORT_S = 80.0  # once: packing, writing, reading back
+DECODE_S = 0.13  # per decoded token on a runtime
+TRACE_S, TOKENIZE_S = 6.0, 4.0  # once, whatever the size
+
+
+class Estimate(Record):
+    """One recipe on one model."""
+
+    seconds: Mapping[StageKind, float]  # of one stage of each kind
+    disk_bytes: Mapping[StageKind, int]
+    ram_bytes: int
+
+
+def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
+    """Time and disk of one stage of each kind, and the peak of memory."""
+    billions = parameter_count(config) / GIGA
+    weights = parameter_count(config) * FLOAT32_BYTES
+    evaluated, calibrated = recipe.evaluation, recipe.calibration
+    texts = evaluated.count * evaluated.length
+    logits = texts // 2 * config.vocab_size * FLOAT32_BYTES
+    forward = FORWARD_S * billions * texts + TOKENIZE_S
+    samples = calibrated.count * calibrated.length
+    moments = config.num_layers * (3 * config.hidden_size**2 + config.intermediate_size**2) * FLOAT32_BYTES
+    seconds: dict[StageKind, float] = {
+        "source": SOURCE_S * billions + TOKENIZE_S,
+        "evaluation": TOKENIZE_S,
+        "samples": GENERATE_S * billions * samples + TOKENIZE_S if calibrated.samples == "self" else TOKENIZE_S,
+        "statistics": STATISTICS_S * billions * samples,
+        "trace": TRACE_S,
+        "reference": forward,
+        "dequantized": forward,
+        "quantize": SOLVE_S * billions,
+        "export": EXPORT_S * billions + TRACE_S,
+        # shipped and exact twin, teacher-forced; speed at two depths
+        "validate": EXPORT_S * billions + DECODE_S * billions * (texts + 2000) + 3 * TOKENIZE_S,
+        "report": 1.0,
+    }
+    disk: dict[StageKind, int] = {
+        "source": weights,
+        "statistics": moments,
+        "reference": logits,
+        "dequantized": logits,
+        "quantize": weights // 3,
+        "export": 2 * weights // 4,  # in the store and in --out
+        "validate": weights + weights // 4,  # the exact twin, while it is measured
+    }
+    hidden = samples * config.hidden_size * FLOAT32_BYTES
+    return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + hidden + logits // 2)
+
+
+def artifact_bytes(assigned: Mapping[str, Rule], config: DecoderConfig) -> int:
+    """Bytes of a model file without its format's overhead."""
+    total = 0.0
+    for name, shape in config.parameter_shapes().items():
+        rule = assigned.get(name)
+        if rule is None or rule.grid == FLOAT:
+            elements = shape[0] * (shape[1] if len(shape) > 1 else 1)
+            total += elements * FLOAT32_BYTES
+        else:
+            total += shape[0] * shape[1] * grid(rule.grid).bits_per_weight(shape[1]) / 8
+    return round(total)

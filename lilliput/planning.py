@@ -1,0 +1,199 @@
+"""The plan: everything that can be known, checked and refused before any work.
+
+Checked are, in this order: the output folder, the source's files, that every matrix has a rule, that every format holds
+every matrix on its grid, the plugins' options, the packages they need, free disk and memory. Where all results of
+a target are in the store already, they prove that its formats and packages fit, and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lilliput import graph as graphs
+from lilliput import output, registry
+from lilliput.artifact import sha256
+from lilliput.errors import ExportError, MissingPackageError, RecipeError, did_you_mean
+from lilliput.estimate import artifact_bytes, estimate
+from lilliput.graph import Graph, Stage, TargetStages
+from lilliput.grid import grid
+from lilliput.model import DecoderConfig, role_of
+from lilliput.recipe_schema import FLOAT, ModelSpec, Recipe, Rule, Target, assign, parameter_count
+from lilliput.run import Plan, PlannedStage, PlannedTarget
+from lilliput.store import Store, default_root
+
+if TYPE_CHECKING:
+    from exporters.base import Exporter
+
+
+def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | None = None, fresh: bool = False) -> Plan:
+    """All stages in order, what is cached and what the rest will take; every check that needs no work.
+
+    `targets` keeps the targets of these names, `model` replaces the recipe's source, `fresh` ignores what is cached.
+    Raises LilliputError: a format that cannot hold a tensor, a missing package, too little disk or memory,
+    an output folder that holds something else.
+    """
+    recipe = _chosen(recipe, targets, model)
+    output.check(out)
+    for target in recipe.targets:
+        _check_runtime(target)
+    store = Store(default_root())
+    digest, host = source_sha256(recipe.model), host_of(recipe)
+    graph = graphs.build(recipe, digest, host)
+    cached = {stage.name: not fresh and store.find(stage.kind, stage.key) is not None for stage in graph.order}
+    config = _config(recipe.model, store, graph.source)
+    _check_sizes(recipe, config)
+    for stages in graph.targets:
+        if not (cached[stages.export.name] and cached[stages.validate.name]):
+            check_target(stages, config)
+    made = _planned(recipe, graph, cached, config)
+    done = Plan(
+        recipe=recipe,
+        recipe_sha256=recipe_sha256(recipe),
+        source_sha256=digest,
+        host=host,
+        out=out,
+        store=store.root,
+        fresh=fresh,
+        parameters=parameter_count(config),
+        stages=made,
+        targets=tuple(_planned_target(stages, config) for stages in graph.targets),
+        **_totals(recipe, made, config),
+    )
+    _check_machine(done)
+    return done
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Of the canonical JSON: comments, order of keys and defaults that are written out do not count."""
+    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _chosen(recipe: Recipe, targets: Sequence[str], model: str | None) -> Recipe:
+    names = [target.name for target in recipe.targets]
+    for name in targets:
+        if name not in names:
+            raise RecipeError(f"recipe {recipe.name} has no target {name!r}: {did_you_mean(name, names)}")
+    kept = tuple(target for target in recipe.targets if not targets or target.name in targets)
+    spec = recipe.model if model is None else recipe.model.model_copy(update={"source": model, "name": None})
+    return recipe.model_copy(update={"targets": kept, "model": spec})
+
+
+def source_sha256(spec: ModelSpec) -> str:
+    """Of the files that a source is read from: a file's own, or that of the list of a folder's."""
+    from lilliput.source import open_original, resolve
+
+    path = resolve(spec.source, allow_pickle=spec.allow_pickle)
+    if path.is_file():
+        return sha256(path)
+    original = open_original(path, allow_pickle=spec.allow_pickle, allow_remote_code=spec.allow_remote_code)
+    named = sorted({*original.files, *path.glob("*.json")})
+    return hashlib.sha256("".join(f"{sha256(file)}  {file.name}\n" for file in named).encode()).hexdigest()
+
+
+def host_of(recipe: Recipe) -> str:
+    """What a measurement depends on: processor, its extensions, cores. One line per device that the recipe names."""
+    lines = []
+    for plugin in {target.device.name: target.device for target in recipe.targets}.values():
+        host = registry.load("devices", plugin.name)().describe()
+        lines.append(f"{plugin.name}: {host.cpu}, {host.architecture}, {' '.join(host.isa)}, {host.cores} cores")
+    return "\n".join(lines)
+
+
+def _config(spec: ModelSpec, store: Store, source: Stage) -> DecoderConfig:
+    """The decoder's configuration: from the source stage where that is done, else from the source's own metadata."""
+    if folder := store.find(source.kind, source.key):
+        return DecoderConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    from lilliput.source import open_original, resolve
+
+    path = resolve(spec.source, allow_pickle=spec.allow_pickle)
+    return open_original(path, allow_pickle=spec.allow_pickle, allow_remote_code=spec.allow_remote_code).config
+
+
+def _check_sizes(recipe: Recipe, config: DecoderConfig) -> None:
+    lengths = {"context": recipe.context, "evaluation.length": recipe.evaluation.length}
+    lengths["calibration.length"] = recipe.calibration.length
+    for key, length in lengths.items():
+        if length > config.max_positions:
+            raise RecipeError(
+                f"{key} is {length}, the model has {config.max_positions} positions: set {key} to at most that"
+            )
+
+
+def _check_runtime(target: Target) -> None:
+    opens = registry.constant("runtimes", target.runtime.name, "exporters")
+    assert isinstance(opens, tuple)
+    if target.exporter.name not in opens:
+        raise RecipeError(
+            f"target {target.name!r}: runtime {target.runtime.name!r} does not open artifacts of exporter "
+            f"{target.exporter.name!r}, it opens those of {', '.join(opens)}: choose another runtime or exporter"
+        )
+
+
+def check_target(stages: TargetStages, config: DecoderConfig) -> None:
+    """Packages, options, and every matrix's shape and grid against the format."""
+    target = stages.target
+    for kind, plugin in (("exporters", target.exporter), ("runtimes", target.runtime)):
+        for package, extra in registry.missing_packages(kind, plugin.name):  # type: ignore[arg-type]
+            raise MissingPackageError(package, extra, f"target {target.name!r} ({plugin.name})")
+    registry.options("exporters", target.exporter.name, target.exporter.options)
+    registry.options("runtimes", target.runtime.name, target.runtime.options)
+    registry.options("devices", target.device.name, target.device.options)
+    assigned = assign(stages.solution.rules, config)
+    for rule in dict.fromkeys(rule.model_dump_json() for rule in assigned.values()):
+        solver = Rule.model_validate_json(rule).solver
+        registry.options("solvers", solver.name, solver.options)
+    check_formats(target, assigned, config)
+
+
+def check_formats(target: Target, assigned: dict[str, Rule], config: DecoderConfig) -> None:
+    """Raise ExportError naming the first matrix that the target's format cannot hold on its grid."""
+    exporter: Exporter = registry.load("exporters", target.exporter.name)()
+    shapes = config.parameter_shapes()
+    for name, rule in assigned.items():
+        if rule.grid == FLOAT:
+            continue
+        rows, cols = shapes[name]
+        if reason := exporter.refuses(grid(rule.grid), role_of(name), (rows, cols)):
+            raise ExportError(
+                f"target {target.name!r}: {name} ({rows}, {cols}) on grid {rule.grid}: {reason}; "
+                "give the matrix another grid in `quantize`, or the target a `quantize` of its own"
+            )
+
+
+def _planned(recipe: Recipe, graph: Graph, cached: dict[str, bool], config: DecoderConfig) -> tuple[PlannedStage, ...]:
+    seconds = estimate(recipe, config).seconds
+    stages = [
+        PlannedStage(s.kind, s.subject, s.key, cached[s.name], 0.0 if cached[s.name] else seconds[s.kind])
+        for s in graph.order
+    ]
+    return (*stages, PlannedStage("report", "", "", cached=False, seconds=seconds["report"]))
+
+
+def _planned_target(stages: TargetStages, config: DecoderConfig) -> PlannedTarget:
+    target, size = stages.target, artifact_bytes(assign(stages.solution.rules, config), config)
+    return PlannedTarget(target.name, target.exporter.name, target.runtime.name, target.device.name, size)
+
+
+def _totals(recipe: Recipe, stages: tuple[PlannedStage, ...], config: DecoderConfig) -> dict[str, float]:
+    """Of the stages that are left to do."""
+    found = estimate(recipe, config)
+    left = [stage for stage in stages if not stage.cached]
+    busy = any(stage.kind != "report" for stage in left)
+    return {
+        "ram_bytes": found.ram_bytes if busy else 0,
+        "disk_bytes": sum(found.disk_bytes.get(stage.kind, 0) for stage in left),
+        "seconds": sum(stage.seconds for stage in left),
+    }
+
+
+def _check_machine(made: Plan) -> None:
+    from targets.machine import check_disk, check_memory
+
+    what = f"recipe {made.recipe.name} (estimate)"
+    check_memory(made.ram_bytes, what)
+    check_disk(made.store, made.disk_bytes, what)
+    check_disk(made.out, sum(target.size_bytes for target in made.targets), what)
