@@ -1,0 +1,76 @@
+"""LiteRT: one `.tflite` with a prefill and a decode signature, and a `.litertlm` bundle that LiteRT-LM runs.
+
+The flatbuffer is written operator by operator from the trace (lowering.py), with the solved codes and
+scales as they are (packing.py); nothing converts or quantizes on the way. Signatures, with the names
+and shapes that LiteRT-LM expects (C context, T = n tokens of `prefill_<n>`, 1 in `decode`):
+
+    in    tokens (1, T) int32, input_pos (T,) int32, mask (1, 1, T, C) float32 added to the scores,
+          kv_cache_k_{i} (1, K, C, D), kv_cache_v_{i} (1, K, D, C) float32
+    out   logits (1, 1, vocab) float32 (decode only), and the caches under their names
+
+Files: model.tflite, which is the artifact's main file, and bundle.litertlm, which holds the same bytes
+again beside tokenizer and metadata, for LiteRT-LM. The size of the artifact is model.tflite's alone.
+
+`exact` writes float32 matrices: XNNPACK then computes without 8-bit activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from exporters.base import ExporterOptions
+from exporters.litert_int8 import packing
+from lilliput.artifact import Artifact
+from lilliput.errors import ExportError
+from lilliput.grid import Float, GridSpec, QuantizedTensor
+from lilliput.model import QuantizedModel, Role, TracedModel, role_of
+
+MODEL_FILE = "model.tflite"
+BUNDLE_FILE = "bundle.litertlm"
+
+
+class Options(ExporterOptions):
+    """`bundle`: also write the .litertlm that LiteRT-LM opens."""
+
+    bundle: bool = True
+
+
+class Exporter:
+    Options: ClassVar[type[ExporterOptions]] = Options
+    packages: ClassVar[tuple[str, ...]] = ("ai_edge_litert", "flatbuffers", "litert_lm_builder")
+    extra: ClassVar[str] = "litert"
+
+    def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
+        return packing.refusal(spec, role, shape)
+
+    def export(
+        self, model: QuantizedModel, traced: TracedModel, options: ExporterOptions, folder: Path, *, exact: bool = False
+    ) -> Artifact:
+        from exporters.litert_int8 import flatbuffer, lowering, weights
+
+        assert isinstance(options, Options)
+        self._check(model)
+        prefill, decode = traced.signature("prefill"), traced.signature("decode")
+        context, chunk = decode.inputs[2].shape[2], prefill.inputs[0].shape[0]
+        file, held = flatbuffer.Model(), weights.Weights(model, exact)
+        lowering.lower(file, traced, held, f"prefill_{chunk}", prefill, context)
+        lowering.lower(file, traced, held, "decode", decode, context)
+        file.write(folder / MODEL_FILE)
+        if options.bundle and not exact:
+            from exporters.litert_int8 import bundle
+
+            bundle.write(model, folder / MODEL_FILE, context, folder / BUNDLE_FILE)
+        return Artifact(folder, "litert_int8", MODEL_FILE, context, chunk)
+
+    def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
+        from exporters.litert_int8 import weights
+
+        return weights.read(artifact.path)
+
+    def _check(self, model: QuantizedModel) -> None:
+        for name, tensor in model.quantized.items():
+            reason = self.refuses(tensor.spec, role_of(name), tensor.shape)
+            if reason is not None:
+                raise ExportError(f"{name}: {reason}")
