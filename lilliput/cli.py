@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+SET_HELP = "Set a value of the recipe, e.g. context=512 or targets.onnx.threads=1; may be repeated."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 
 
@@ -60,22 +61,22 @@ def root(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a ready recipe (lilliput list recipes).")],
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Only this target; may be repeated.")] = None,
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a ready recipe's name (lilliput list recipes).")],
+    target: Annotated[list[str], typer.Option("--target", "-t", help="Only this target; may be repeated.")] = [],  # noqa: B006
     model: Annotated[str | None, typer.Option(help="Another model: a folder, a .gguf file, a hub id.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where artifacts and report go.  [default: out/<recipe's name>]")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a value of the recipe, e.g. context=512; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Artifacts and report.  [default: out/<recipe's name>]")] = None,
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do all stages again, whatever is cached.")] = False,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Do a recipe: quantize, export, prove each artifact on its runtime, report."""
     from lilliput import pipeline, terminal
     from lilliput.recipe import load
     from lilliput.terminal_progress import StageDisplay
 
-    loaded = load(recipe, settings or [])
-    plan = pipeline.plan(loaded, out or Path("out") / loaded.name, target or (), model, fresh)
+    loaded = load(recipe, settings)
+    plan = pipeline.plan(loaded, out or Path("out") / loaded.name, target, model, fresh)
     if dry_run:
         typer.echo(terminal.plan_json(plan)) if as_json else terminal.show_plan(plan)
         return
@@ -108,7 +109,7 @@ def validate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model file (.gguf, .onnx, .tflite, .litertlm, .safetensors) or a folder.")],
+    path: Annotated[Path, typer.Argument(help="A .gguf, .onnx, .tflite, .litertlm or .safetensors file, or a folder.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -147,7 +148,7 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this and stop. Without it: a conversation.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this share.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
 ) -> None:  # fmt: skip
@@ -258,7 +259,9 @@ def _disk_error(error: Exception) -> int | None:
 
 def _bug(error: Exception) -> int:
     """A defect: one line, and the traceback in a file that can be sent."""
-    handle, path = tempfile.mkstemp(prefix="lilliput-", suffix=".traceback.txt")
-    with open(handle, "w", encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix="lilliput-", suffix=".traceback.txt", delete=False
+    ) as file:
         file.write("".join(traceback.format_exception(error)))
-    return _say(f"this is a defect of lilliput ({type(error).__name__}: {error}); the traceback is in {path}", BUG)
+    what = f"{type(error).__name__}: {error}"
+    return _say(f"this is a defect of lilliput ({what}); the traceback is in {file.name}", BUG)

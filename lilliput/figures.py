@@ -51,6 +51,21 @@ def megabytes(value_bytes: int | None) -> str:
     return NONE if value_bytes is None else f"{number(value_bytes / MEGABYTE)} MB"
 
 
+def count(value: int) -> str:
+    """A number of things: 128, 35.1 k, 106 M."""
+    for unit, name in ((10**9, " G"), (10**6, " M"), (10**4, " k")):
+        if value >= unit:
+            return number(value / (1000 if name == " k" else unit)) + name
+    return str(value)
+
+
+def stored(value_bytes: int) -> str:
+    """A size that may be small: 64 B, 14.1 kB, 28.4 MB."""
+    if value_bytes < 1000:
+        return f"{value_bytes} B"
+    return f"{number(value_bytes / 1000)} kB" if value_bytes < MEGABYTE else megabytes(value_bytes)
+
+
 def milliseconds(value_ms: float | None) -> str:
     if value_ms is None:
         return NONE

@@ -156,7 +156,7 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     """Provenance: titled groups of (what, value)."""
     source, host, recipe = report.source, report.host, report.recipe
     model = [
-        ("name", f"{source.name} ({source.family}, {figures.number(source.parameters / 1e6)} M parameters)"),
+        ("name", f"{source.name} ({source.family}, {figures.count(source.parameters)} parameters)"),
         ("from", source.origin),
         ("licence", source.license or "not stated by the source"),
         ("sha256", source.sha256),

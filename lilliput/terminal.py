@@ -6,6 +6,7 @@ Targets are columns and figures are rows, so that three targets fit a terminal a
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from lilliput import figures
+from lilliput.chat import Conversation
+from lilliput.compare import Comparison, Difference
 from lilliput.doctor import Check
+from lilliput.inspection.found import Inspection
 from lilliput.report import Report
 from lilliput.report_table import COLUMNS, cells, headline, reasons
 from lilliput.results import TargetResult, Verdict
@@ -115,8 +119,89 @@ def show_checks(checks: Iterable[Check]) -> None:
     """The doctor's answer: one line a check, its fix below it."""
     out = console()
     for check in checks:
-        out.print(
-            f"[{CHECK_COLOURS[check.status]}]{check.status:8}[/] {escape(f'{check.name:20}')} {escape(check.seen)}", soft_wrap=True
-        )
+        status = f"[{CHECK_COLOURS[check.status]}]{check.status:8}[/]"
+        out.print(f"{status} {escape(f'{check.name:20}')} {escape(check.seen)}", soft_wrap=True)
         if check.fix:
             out.print(f"{'':29} [dim]fix:[/] {escape(check.fix)}", soft_wrap=True)
+
+
+def show_inspection(found: Inspection, every: bool) -> None:
+    """Tensor classes, embedding and head, metadata, and whether the manifest is kept; `every`: all tensors."""
+    out = console()
+    out.print(f"{found.path}: {found.format}, {figures.megabytes(found.size_bytes)}", markup=False, soft_wrap=True)
+    groups = table("tensors", "count", "weights", "bits each", "size", "stored as")
+    for group in found.groups:
+        weights, bits = figures.count(group.weights), f"{group.bits_per_weight:.3g}"
+        size = figures.stored(group.size_bytes)
+        groups.add_row(group.role, str(group.tensors), weights, bits, size, escape(group.dtype))
+    out.print(groups)
+    out.print(f"embedding: {found.dtype_of('embedding')}; head: {found.dtype_of('head')}", markup=False)
+    if every:
+        for tensor in found.tensors:
+            print(f"{tensor.name}  {tensor.dtype}  {' x '.join(map(str, tensor.shape))}  {tensor.size_bytes} bytes")
+    facts = {"sha256": ", ".join(found.sha256.values()), **found.metadata, **(found.manifest or {})}
+    for key, value in facts.items():
+        out.print(f"{key}: {value}", markup=False, soft_wrap=True)
+    for note in found.notes:
+        out.print(note, markup=False, soft_wrap=True)
+    _show_manifest(out, found)
+
+
+def _show_manifest(out: Console, found: Inspection) -> None:
+    if found.manifest is None:
+        out.print("manifest: none beside it")
+    elif found.intact:
+        out.print("manifest: [green]kept[/], every file is as it was proven")
+    else:
+        out.print(f"manifest: [bold red]not kept[/], {escape('; '.join(found.changes))}", soft_wrap=True)
+
+
+FINDING_COLOURS = {"better": "green", "worse": "red"}
+
+
+def show_comparison(found: Comparison) -> None:
+    """One table a target: A, B, the change, and what it means."""
+    out = console()
+    out.print(f"A {found.a}\nB {found.b}", markup=False, soft_wrap=True)
+    for target in found.targets:
+        made = table(target.name, "A", "B", "change", "B is")
+        made.add_row("verdict", _coloured(target.verdict_a), _coloured(target.verdict_b), "", "")
+        for difference in target.differences:
+            made.add_row(*_difference(difference))
+        out.print()
+        out.print(made)
+    for note in found.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _difference(found: Difference) -> tuple[str, ...]:
+    a, b = (figures.metric(found.metric, value) for value in (found.a, found.b))
+    change = f"{100 * (found.b / found.a - 1):+.1f} %" if found.a and found.b is not None else ""
+    colour = FINDING_COLOURS.get(found.finding)
+    meaning = f"[{colour}]{found.finding}[/]" if colour else found.finding
+    return found.metric, a, b, change, f"{meaning} ({escape(found.note)})" if found.note else meaning
+
+
+def talk(conversation: Conversation, prompt: str | None) -> None:
+    """Answer one prompt; without one, every line of standard input, until its end."""
+    if prompt is not None:
+        _answer(conversation, prompt)
+        return
+    asks = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(asks).strip()
+        except EOFError:
+            return
+        if text:
+            _answer(conversation, text)
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    """Stream an answer; control characters that a model writes must not reach the terminal."""
+    for piece in conversation.ask(text):
+        sys.stdout.write("".join(c for c in piece if c.isprintable() or c in "\n\t"))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    if conversation.full:
+        print("(the cache is full: the answer ends here)", file=sys.stderr)
