@@ -171,3 +171,27 @@ def compare(reference: Logits, candidate: Logits, evaluation: EvaluationSet) -> 
         q = log_softmax(candidates[chunk, position], f"{candidate.folder}, chunk {chunk}, position {position}")
         metrics.put(chunk, position, p, q, int(evaluation.tokens[chunk, evaluation.scored_from + position]))
     return metrics
+
+
+def greedy(
+    config: DecoderConfig,
+    weights: Mapping[str, Float],
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop_tokens: Sequence[int] = (),
+) -> tuple[int, ...]:
+    """What the decoder with these weights says after a prompt, the stop token left out. No cache: for short texts."""
+    import torch
+
+    from lilliput import decoder
+
+    model = decoder.build(SourceModel("reference", config, weights, tokenizer=Path(), sha256="", origin=""))
+    tokens = list(prompt)
+    with torch.inference_mode():
+        while len(tokens) < len(prompt) + max_tokens:
+            hidden = model.hidden(torch.tensor([tokens]))
+            token = int(model.logits(hidden[0, -1]).argmax())
+            if token in stop_tokens:
+                break
+            tokens.append(token)
+    return tuple(tokens[len(prompt) :])
