@@ -107,7 +107,7 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
         if text not in solutions:
             label = _label(rules, [s.quantize.subject for s in solutions.values()])
             solutions[text] = _solution(recipe, rules, label, loaded, gathered, evaluated, held)
-        stages.append(_target(recipe, target, solutions[text], traced, evaluated, held, host))
+        stages.append(_target(target, solutions[text], loaded, traced, evaluated, held, host))
     return Graph(recipe, loaded, evaluated, sampled, gathered, traced, held, tuple(stages))
 
 
@@ -173,7 +173,7 @@ def _solution(
 
 
 def _target(
-    recipe: Recipe, target: Target, solution: Solution, traced: Stage, evaluated: Stage, held: Stage, host: str
+    target: Target, solution: Solution, loaded: Stage, traced: Stage, evaluated: Stage, held: Stage, host: str
 ) -> TargetStages:
     solved = solution.quantize
     exporter = registry.module_name("exporters", target.exporter.name)
@@ -185,14 +185,12 @@ def _target(
     plugins.append(registry.module_name("devices", target.device.name))
     wanted = target.model_dump(include={"name", "runtime", "device", "threads"}) | {"host": host}
 
-    def work(at: At, folder: Path, progress: Progress) -> None:
-        held_against = validation.Held(at(evaluated), at(held), at(solution.dequantized))
-        validation.work(at(solved), at(traced), at(exported), held_against, target, folder, progress)
+    inputs = (loaded, solved, traced, evaluated, held, solution.dequantized)
 
-    validated = Stage(
-        "validate", target.name, (solved, traced, exported, evaluated, held, solution.dequantized),
-        (exporter, *plugins), wanted, work,
-    )  # fmt: skip
+    def work(at: At, folder: Path, progress: Progress) -> None:
+        validation.work(at(exported), validation.Held(*map(at, inputs)), target, folder, progress)
+
+    validated = Stage("validate", target.name, (*inputs, exported), (exporter, *plugins), wanted, work)
     return TargetStages(target, solution, exported, validated)
 
 

@@ -7,6 +7,7 @@ leaves finished stages behind, and the next one goes on from there.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,17 +181,7 @@ def validate(folder: Path, progress: Progress) -> TargetResult:
     graph = graphs.build(recipe, source_sha256(recipe.model), host_of(recipe))
     (stages,) = graph.targets
     work = Work(Store(default_root()), Quiet(), fresh=False)
-    held = validation.Held(
-        work.verified(graph.evaluation),
-        work.verified(graph.reference),
-        work.verified(stages.solution.dequantized),
-    )
-    measured = validation.measure(
-        found.open(folder),
-        work.verified(stages.solution.quantize),
-        work.verified(graph.trace),
-        held,
-        stages.target,
-        progress,
-    )
+    held = validation.Held(*map(work.verified, stages.validate.inputs[:-1]))
+    with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
+        measured = validation.measure(found.open(folder), held, stages.target, Path(scratch), progress)
     return validation.judge(measured, recipe.gates_of(stages.target))

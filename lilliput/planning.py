@@ -49,7 +49,8 @@ def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | No
     for stages in graph.targets:
         if not (cached[stages.export.name] and cached[stages.validate.name]):
             check_target(stages, config)
-    made = _planned(recipe, graph, cached, config)
+    made, found = _planned(recipe, graph, cached, config), estimate(recipe, config)
+    left = [stage for stage in made if not stage.cached]
     done = Plan(
         recipe=recipe,
         recipe_sha256=recipe_sha256(recipe),
@@ -61,7 +62,9 @@ def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | No
         parameters=parameter_count(config),
         stages=made,
         targets=tuple(_planned_target(stages, config) for stages in graph.targets),
-        **_totals(recipe, made, config),
+        ram_bytes=found.ram_bytes if any(stage.kind != "report" for stage in left) else 0,
+        disk_bytes=sum(found.disk_bytes.get(stage.kind, 0) for stage in left),
+        seconds=sum(stage.seconds for stage in left),
     )
     _check_machine(done)
     return done
@@ -176,18 +179,6 @@ def _planned(recipe: Recipe, graph: Graph, cached: dict[str, bool], config: Deco
 def _planned_target(stages: TargetStages, config: DecoderConfig) -> PlannedTarget:
     target, size = stages.target, artifact_bytes(assign(stages.solution.rules, config), config)
     return PlannedTarget(target.name, target.exporter.name, target.runtime.name, target.device.name, size)
-
-
-def _totals(recipe: Recipe, stages: tuple[PlannedStage, ...], config: DecoderConfig) -> dict[str, float]:
-    """Of the stages that are left to do."""
-    found = estimate(recipe, config)
-    left = [stage for stage in stages if not stage.cached]
-    busy = any(stage.kind != "report" for stage in left)
-    return {
-        "ram_bytes": found.ram_bytes if busy else 0,
-        "disk_bytes": sum(found.disk_bytes.get(stage.kind, 0) for stage in left),
-        "seconds": sum(stage.seconds for stage in left),
-    }
 
 
 def _check_machine(made: Plan) -> None:

@@ -85,7 +85,7 @@ def test_ready_recipes_are_read_by_name(file: Path) -> None:
     [
         ("model: {source: somewhere}", "modell: {source: somewhere}", "2: unknown key 'modell': did you mean 'model'"),
         ("{source: somewhere}", "{sorce: x}", "line 2: unknown key 'model.sorce': did you mean 'source'"),
-        ("runtime: ort_cpu}", "runtime: ort_cpu, treads: 2}", "unknown key 'targets[0].treads': did you mean 'threads'"),
+        ("ort_cpu}", "ort_cpu, treads: 2}", "unknown key 'targets[0].treads': did you mean 'threads'"),
         ("onnx_int4, runtime", "onnx_in4, runtime", "targets[0].exporter: unknown exporter 'onnx_in4': did"),
         ("runtime: ort_cpu", "runtime: ortcpu", "targets[0].runtime: unknown runtime 'ortcpu': did you mean 'ort_cpu'"),
         ("ort_cpu}", "ort_cpu, device: phone}", "targets[0].device: unknown device 'phone': known: host"),

@@ -1,42 +1,157 @@
-"""Prove one artifact on its runtime and device: speed, memory, accuracy, the ladder. Gates are judged after it.
+"""Prove one artifact on its runtime and device: speed, memory, accuracy, the ladder (targets.validate).
 
-    result.json   the TargetResult without gates, so that another limit needs no new measurement
+    result.json                   the TargetResult with the gates that are always on
+    shipped.npz, exact.npz        figures of every scored token
+
+The recipe's own gates are judged after it, from the figures: another limit needs no new measurement. The exact twin is
+written here, measured, and removed: it is as large as the float model in some formats.
 """
 
 from __future__ import annotations
 
-import tempfile
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lilliput import registry
+from lilliput.errors import ExportError
 from lilliput.progress import Progress
 from lilliput.recipe_schema import Target
-from lilliput.results import Gate, TargetResult
-from lilliput.stages.export import open_artifact
+from lilliput.results import Gate, TargetResult, worst
+from lilliput.stages.export import export, open_artifact
 
 if TYPE_CHECKING:
+    from exporters.base import Exporter
     from lilliput.artifact import Artifact
+    from lilliput.model import QuantizedModel
+    from targets.gates import Figures, Part
+    from targets.validate import Smoke
 
 RESULT = "result.json"
+QUESTION = "What is the capital of France?"  # to a model with a chat template
+BEGINNING = "The capital of France is"  # to any other
+SMOKE_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Held:
-    """The folders that a candidate is held against."""
+    """The folders of what a candidate is held against."""
 
+    source: Path
+    quantized: Path
+    traced: Path
     evaluation: Path
     reference: Path
     dequantized: Path
 
 
-def work(
-    quantized: Path, traced: Path, exported: Path, held: Held, target: Target, folder: Path, progress: Progress
-) -> None:
-    result = measure(open_artifact(exported), quantized, traced, held, target, progress)
+def work(exported: Path, held: Held, target: Target, folder: Path, progress: Progress) -> None:
+    result = measure(open_artifact(exported), held, target, folder, progress)
     (folder / RESULT).write_text(result.model_dump_json(indent=2) + "\n")
 
 
+def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progress: Progress) -> TargetResult:
+    """The figures of an artifact, wherever it lies, and the gates that are always on."""
+    from lilliput import checkpoint
+    from targets.reference import EvaluationSet, Logits
+    from targets.validate import Candidate, Place, References, validate
+
+    model = checkpoint.load(held.quantized)
+    exporter: Exporter = registry.load("exporters", target.exporter.name)()
+    twin, missing = _exact_twin(model, held, target, folder / "exact")
+    candidate = Candidate(
+        target.name, artifact, lambda: exporter.read(artifact), twin, missing or "the exporter wrote no exact twin"
+    )
+    options = registry.options("devices", target.device.name, target.device.options)
+    assert options is not None, "devices have options"
+    device = registry.load("devices", target.device.name)()
+    place = Place(target.runtime.name, target.device.name, device, options, target.threads)
+    evaluation = EvaluationSet.load(held.evaluation)
+    references = References(model, evaluation, Logits(held.reference), Logits(held.dequantized))
+    try:
+        return validate(candidate, place, references, _smoke(held, artifact), (), folder, progress=progress)
+    finally:
+        shutil.rmtree(folder / "exact", ignore_errors=True)
+
+
+def _exact_twin(model: QuantizedModel, held: Held, target: Target, folder: Path) -> tuple[Artifact | None, str]:
+    """The twin, or why there is none."""
+    folder.mkdir()
+    try:
+        return export(model, held.traced, target.exporter, folder, exact=True), ""
+    except ExportError as error:
+        return None, f"no exact twin: {error}"
+
+
+def _smoke(held: Held, artifact: Artifact) -> Smoke:
+    """A question through the chat template, or the beginning of a sentence; greedy tokens follow."""
+    from transformers import AutoTokenizer
+
+    from targets.validate import Smoke
+
+    tokenizer = AutoTokenizer.from_pretrained(held.quantized / "tokenizer")
+    prompt, tokens = BEGINNING, tokenizer.encode(BEGINNING, verbose=False)
+    if tokenizer.chat_template:
+        prompt, turns = QUESTION, [{"role": "user", "content": QUESTION}]
+        tokens = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    tokens = tuple(tokens[: artifact.context - SMOKE_TOKENS])
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    return Smoke(prompt, tokens, stop, decode, _float_greedy(held.source, tokens, stop), SMOKE_TOKENS)
+
+
+def _float_greedy(source: Path, prompt: tuple[int, ...], stop: tuple[int, ...]) -> Callable[[], tuple[int, ...]]:
+    """The float model's own continuation, computed when asked for."""
+
+    def continuation() -> tuple[int, ...]:
+        import torch
+
+        from lilliput.decoder import build
+        from lilliput.source import open_stage
+
+        decoder, tokens = build(open_stage(source)), list(prompt)
+        with torch.inference_mode():
+            while len(tokens) < len(prompt) + SMOKE_TOKENS:
+                token = int(decoder.logits(decoder.hidden(torch.tensor([tokens]))[0, -1]).argmax())
+                if token in stop:
+                    break
+                tokens.append(token)
+        return tuple(tokens[len(prompt) :])
+
+    return continuation
+
+
 def judged(folder: Path, gates: tuple[Gate, ...]) -> TargetResult:
-    """A validate stage's result with its gates judged."""
+    """A validate stage's result with a recipe's gates judged."""
     return judge(TargetResult.model_validate_json((folder / RESULT).read_bytes()), gates)
+
+
+def judge(result: TargetResult, gates: tuple[Gate, ...]) -> TargetResult:
+    """The result with these gates beside those that are always on."""
+    from targets.gates import judge_all
+
+    found = (*result.gates, *judge_all(gates, _figures(result)))
+    return result.model_copy(update={"gates": found, "verdict": worst([gate.verdict for gate in found])})
+
+
+def _figures(result: TargetResult) -> Figures:
+    """What the gates look at, from the result itself."""
+    from targets.gates import Figures
+
+    steps = {rung.rung: rung.step_kld for rung in result.ladder}
+    parts: tuple[Part, ...] = ("accuracy", "latency", "exact")
+    notes = {part: note.removeprefix(f"{part}: ") for part in parts for note in result.notes if note.startswith(part)}
+    return Figures(
+        accuracy=result.accuracy,
+        latency=result.latency,
+        memory=result.memory,
+        size_bytes=result.artifact.size_bytes,
+        exact_step_kld=steps.get("exact"),
+        shipped_step_kld=steps.get("shipped"),
+        missing=notes,
+    )
