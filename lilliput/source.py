@@ -65,7 +65,7 @@ def resolve(source: str, *, allow_pickle: bool = False) -> Path:
     if source.startswith(package_file.PREFIX):
         return package_file.locate(source)
     path = Path(source).expanduser()
-    if path.exists():
+    if source.strip() and path.exists():
         return path
     if HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
         return _download(source, allow_pickle)

@@ -193,7 +193,7 @@ def test_unknown_pre_tokenizer_is_refused_by_name(byte_level_json: Path, tmp_pat
 
 
 def test_unknown_tokenizer_model_is_refused_by_name() -> None:
-    with pytest.raises(SourceError, match="tokenizer.ggml.model 'bert' is not supported: known: gpt2, llama"):
+    with pytest.raises(SourceError, match=r"tokenizer\.ggml\.model 'bert' is not supported: known: gpt2, llama"):
         tokenizer.read({"tokenizer.ggml.model": "bert"})
 
 
@@ -207,7 +207,7 @@ def test_missing_vocabulary_parts_are_refused_by_key(key: str) -> None:
 
 def test_a_vocabulary_without_an_end_is_refused() -> None:
     fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
-    with pytest.raises(SourceError, match="has no 'tokenizer.ggml.eos_token_id'"):
+    with pytest.raises(SourceError, match=r"has no 'tokenizer\.ggml\.eos_token_id'"):
         tokenizer.read(fields)
 
 

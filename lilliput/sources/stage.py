@@ -77,6 +77,7 @@ def write(original: Original, origin: str, folder: Path, progress: Progress) -> 
     _write_weights(original, folder / "weights.safetensors", progress)
     _write_json(folder / "config.json", asdict(original.config))
     parity = original.save_tokenizer(folder / "tokenizer")
+    _check_vocabulary(original, folder / "tokenizer")
     hashes = {str(path.name): sha256(path) for path in original.files}
     facts = {
         "name": original.name,
@@ -89,6 +90,18 @@ def write(original: Original, origin: str, folder: Path, progress: Progress) -> 
     }
     _write_json(folder / "source.json", facts)
     return open_stage(folder)
+
+
+def _check_vocabulary(original: Original, folder: Path) -> None:
+    """Raise SourceError where the tokenizer makes ids that the embedding has no row for. (Spare rows are usual.)"""
+    from tokenizers import Tokenizer
+
+    last = max(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values())
+    if last >= original.config.vocab_size:
+        raise SourceError(
+            f"{original.path}: the tokenizer has ids up to {last}, wanted below {original.config.vocab_size}, "
+            f"the vocab_size of {original.settings}: it belongs to another model"
+        )
 
 
 def digest(hashes: dict[str, str]) -> str:

@@ -1,0 +1,150 @@
+"""Families: which config fields mean what, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_gguf import permute
+from tiny_models import GPT2, LLAMA
+
+from lilliput import families
+from lilliput.errors import SourceError
+from lilliput.families import gpt2, llama
+
+HF_LLAMA: dict[str, Any] = {**LLAMA, "architectures": ["LlamaForCausalLM"]}
+HF_MISTRAL: dict[str, Any] = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": None}
+HF_GPT2: dict[str, Any] = {**GPT2, "architectures": ["GPT2LMHeadModel"]}
+GGUF_LLAMA: dict[str, Any] = {
+    "block_count": 2, "context_length": 256, "embedding_length": 64, "feed_forward_length": 128,
+    "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
+}  # fmt: skip
+
+
+def test_the_folder_is_the_registry() -> None:
+    assert families.known() == ("gpt2", "llama")
+    assert families.family_of(HF_MISTRAL) == ("llama", llama)
+    assert families.gguf_family_of("gpt2") is gpt2
+
+
+def test_an_unknown_architecture_is_refused_with_the_supported_ones() -> None:
+    with pytest.raises(SourceError) as caught:
+        families.family_of({"architectures": ["LlamaForCausalML"]})
+    message = str(caught.value)
+    assert "did you mean 'LlamaForCausalLM'?" in message
+    assert "known: GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM" in message
+
+
+def test_an_unknown_gguf_architecture_is_refused_with_the_supported_ones() -> None:
+    with pytest.raises(SourceError, match=r"GGUF architecture 'bert' is not supported: known: gpt2, llama"):
+        families.gguf_family_of("bert")
+
+
+def test_llama_config() -> None:
+    config = llama.config({**HF_LLAMA, "rope_theta": 1e5})
+    assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (64, 4, 2, 16)
+    assert (config.rope_theta, config.tied_embeddings, config.max_positions) == (1e5, True, 256)
+    assert not config.attention_bias
+    assert not config.mlp_bias
+
+
+def test_llama_config_fills_in_what_transformers_fills_in() -> None:
+    slim = {k: v for k, v in HF_LLAMA.items() if k not in ("num_key_value_heads", "head_dim", "tie_word_embeddings")}
+    config = llama.config(slim)
+    assert (config.num_kv_heads, config.head_dim, config.tied_embeddings) == (4, 16, False)
+
+
+@pytest.mark.parametrize("key", llama.REQUIRED)
+def test_llama_names_the_missing_key(key: str) -> None:
+    with pytest.raises(SourceError, match=f"config.json has no '{key}'"):
+        llama.config({k: v for k, v in HF_LLAMA.items() if k != key})
+
+
+@pytest.mark.parametrize("key", gpt2.REQUIRED)
+def test_gpt2_names_the_missing_key(key: str) -> None:
+    with pytest.raises(SourceError, match=f"config.json has no '{key}'"):
+        gpt2.config({k: v for k, v in HF_GPT2.items() if k != key})
+
+
+@pytest.mark.parametrize("key", llama.GGUF_REQUIRED)
+def test_gguf_llama_names_the_missing_key(key: str) -> None:
+    with pytest.raises(SourceError, match=f"GGUF metadata has no '{key}'"):
+        llama.gguf_config({k: v for k, v in GGUF_LLAMA.items() if k != key}, {})
+
+
+@pytest.mark.parametrize(
+    "rope", [None, {"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "rope_theta": 5e5}]
+)
+def test_default_rope_scaling_is_fine(rope: dict[str, Any] | None) -> None:
+    wanted = 5e5 if rope and "rope_theta" in rope else 1e4
+    assert llama.config({**HF_LLAMA, "rope_theta": 1e4, "rope_scaling": rope}).rope_theta == wanted
+    assert llama.config({**HF_LLAMA, "rope_parameters": rope}).rope_theta == wanted
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "llama3", "factor": 8.0}, {"type": "linear", "factor": 2.0}])
+def test_rope_scaling_is_refused(rope: dict[str, Any]) -> None:
+    with pytest.raises(SourceError, match=r"rope_scaling .*'factor'.* is not supported in a Llama"):
+        llama.config({**HF_LLAMA, "rope_scaling": rope})
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "gelu"), ("partial_rotary_factor", 0.5)])
+def test_llama_refuses_other_arithmetic(key: str, value: object) -> None:
+    with pytest.raises(SourceError, match=f"config.json: {key} {value!r} is not supported: only"):
+        llama.config({**HF_LLAMA, key: value})
+
+
+@pytest.mark.parametrize("window", [None, 256, 4096])
+def test_mistral_window_that_changes_nothing_is_fine(window: int | None) -> None:
+    assert llama.config({**HF_MISTRAL, "sliding_window": window}).max_positions == 256
+
+
+def test_mistral_window_smaller_than_the_positions_is_refused() -> None:
+    with pytest.raises(SourceError, match="sliding_window 128 is smaller than max_position_embeddings 256"):
+        llama.config({**HF_MISTRAL, "sliding_window": 128})
+
+
+def test_mistral_has_a_window_where_its_config_does_not_say() -> None:
+    """transformers' MistralConfig has 4096 then."""
+    silent = {k: v for k, v in HF_MISTRAL.items() if k != "sliding_window"}
+    with pytest.raises(SourceError, match="sliding_window 4096 is smaller than max_position_embeddings 8192"):
+        llama.config({**silent, "max_position_embeddings": 8192})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("activation_function", "relu"), ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)],
+)
+def test_gpt2_refuses_other_arithmetic(key: str, value: object) -> None:
+    with pytest.raises(SourceError, match=f"config.json: {key} {value!r} is not supported: only"):
+        gpt2.config({**HF_GPT2, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "yarn"), ("rope.scaling.factor", 2.0), ("expert_count", 8), ("logit_scale", 0.5),
+        ("rope.dimension_count", 8), ("attention.value_length", 32),
+    ],
+)  # fmt: skip
+def test_gguf_llama_refuses_other_arithmetic_by_key(key: str, value: object) -> None:
+    with pytest.raises(SourceError, match=f"GGUF metadata: {key} {value!r} is not supported: only"):
+        llama.gguf_config({**GGUF_LLAMA, key: value}, {})
+
+
+def test_gguf_window_smaller_than_the_context_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"attention\.sliding_window 128 is smaller than context_length 256"):
+        llama.gguf_config({**GGUF_LLAMA, "attention.sliding_window": 128}, {})
+
+
+def test_gguf_head_is_tied_where_there_is_no_output() -> None:
+    shapes = {"token_embd.weight": (320, 64)}
+    assert llama.gguf_config(GGUF_LLAMA, shapes).tied_embeddings
+    assert not llama.gguf_config(GGUF_LLAMA, {**shapes, "output.weight": (320, 64)}).tied_embeddings
+
+
+def test_half_split_undoes_the_permutation_of_ggml() -> None:
+    rows = np.arange(4 * 16 * 3, dtype=np.float32).reshape(64, 3)
+    assert not np.array_equal(permute(rows, 4), rows)
+    assert np.array_equal(llama.half_split(permute(rows, 4), 16), rows)
+    assert np.array_equal(llama.half_split(permute(rows[:, 0], 4), 16), rows[:, 0])
