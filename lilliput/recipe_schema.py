@@ -58,6 +58,9 @@ class Plugin(Strict):
     name: str
     options: dict[str, Any] = {}
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         return {"name": self.name, **self.options} if self.options else self.name
