@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lilliput.errors import SourceError
-from lilliput.model import SourceModel
+from lilliput.model import DecoderConfig, SourceModel
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 ROWS, STEPS = 2, 48
@@ -27,7 +27,7 @@ def prove(source: SourceModel, original: Path, *, allow_remote_code: bool = Fals
     Raises SourceError where they differ by more than TOLERANCE, or where transformers cannot read `original`.
     """
     tokens = fixed_tokens(source.config.vocab_size, min(STEPS, source.config.max_positions))
-    error = relative_error(_our_logits(source, tokens), _their_logits(original, tokens, allow_remote_code))
+    error = relative_error(_our_logits(source, tokens), _their_logits(source, original, tokens, allow_remote_code))
     if not error <= TOLERANCE:  # also a NaN
         raise SourceError(
             f"{original}: the decoder's logits differ from transformers' by {error:.2e} of their spread, wanted at "
@@ -60,16 +60,15 @@ def _our_logits(source: SourceModel, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _their_logits(original: Path, tokens: Tensor, allow_remote_code: bool) -> Tensor:
+def _their_logits(source: SourceModel, original: Path, tokens: Tensor, allow_remote_code: bool) -> Tensor:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    place = {"gguf_file": original.name} if original.is_file() else {}
-    folder = original.parent if original.is_file() else original
     try:
         with redirect_stderr(StringIO()):  # progress bars of their own
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, trust_remote_code=allow_remote_code, **place
+            model = (
+                _their_gguf_model(source.config, original)
+                if original.is_file()
+                else _their_model(original, allow_remote_code)
             )
     except Exception as error:  # transformers raises whatever its readers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -79,3 +78,29 @@ def _their_logits(original: Path, tokens: Tensor, allow_remote_code: bool) -> Te
     with torch.no_grad():
         logits: Tensor = model.eval()(tokens).logits
     return logits
+
+
+def _their_model(folder: Path, allow_remote_code: bool) -> nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=allow_remote_code
+    )
+    return model
+
+
+def _their_gguf_model(ours: DecoderConfig, path: Path) -> nn.Module:
+    """Their import of the file. Sizes that it does not read from the metadata are set beforehand: GPT-2's positions
+    and inner width, Llama's biases. Wrong ones could not pass: shapes would not fit, or logits differ."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    config = AutoConfig.from_pretrained(**place)
+    if ours.family == "gpt2":
+        config.n_positions, config.n_inner = ours.max_positions, ours.intermediate_size
+    else:
+        config.attention_bias, config.mlp_bias = ours.attention_bias, ours.mlp_bias
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(**place, config=config, dtype=torch.float32)
+    return model
