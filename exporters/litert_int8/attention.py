@@ -10,7 +10,6 @@ from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 HEADS_AND_STEPS = (0, 2, 1, 3)
-LAST_TWO = (0, 1, 3, 2)
 
 
 def rotary_table(config: DecoderConfig, context: int) -> Float:
@@ -30,8 +29,7 @@ class AttentionLowering:
         self.graph, self.config, self.steps, self.context, self.mask = graph, config, steps, context, mask
         first = op.cut(graph, positions, 0, 0, 1, "int32")
         zero, zeros = op.ints(graph, [0]), op.ints(graph, [0, 0])
-        self.key_start = op.concatenate(graph, [zeros, first, zero], 0, "int32")
-        self.value_start = op.concatenate(graph, [zeros, zero, first], 0, "int32")
+        self.start = op.concatenate(graph, [zeros, first, zero], 0, "int32")
         self.cos, self.sin = self._rotary(positions) if config.positions == "rope" else (-1, -1)
 
     def _rotary(self, positions: int) -> tuple[int, int]:
@@ -51,13 +49,12 @@ class AttentionLowering:
         q = op.binary(g, "MUL", q, op.scalar(g, c.head_dim**-0.5))
         k = op.cut(g, turned, 2, c.num_heads, c.num_kv_heads)
         v = op.cut(g, heads, 2, c.num_heads + c.num_kv_heads, c.num_kv_heads)
-        keys = op.update_slice(g, caches[0], op.transpose(g, k, HEADS_AND_STEPS), self.key_start)
-        values = op.update_slice(g, caches[1], op.transpose(g, v, (0, 2, 3, 1)), self.value_start)
+        keys = op.update_slice(g, caches[0], op.transpose(g, k, HEADS_AND_STEPS), self.start)
+        values = op.update_slice(g, caches[1], op.transpose(g, v, HEADS_AND_STEPS), self.start)
         q = op.reshape(
             g, op.transpose(g, q, HEADS_AND_STEPS), [1, c.num_kv_heads, self._queries(), c.head_dim]
         )
-        attended = self._decode(q, keys, values) if self.steps == 1 else self._prefill(q, keys, values)
-        return attended, keys, values
+        return self._attend(q, keys, values), keys, values
 
     def _queries(self) -> int:
         """g T: queries of one KV head."""
@@ -69,20 +66,13 @@ class AttentionLowering:
         swapped = op.concatenate(g, [op.cut(g, x, 3, half, half), op.cut(g, x, 3, 0, half)], 3)
         return op.binary(g, "ADD", op.binary(g, "MUL", x, self.cos), op.binary(g, "MUL", swapped, self.sin))
 
-    def _decode(self, q: int, keys: int, values: int) -> int:
-        """q (1, K, g, D) over keys (1, K, C, D) and values (1, K, D, C) → (1, 1, H D)."""
-        g = self.graph
-        scores = op.transpose(g, op.matmul_transposed(g, keys, q), LAST_TWO)  # (1, K, g, C)
-        p = op.unary(g, "SOFTMAX", op.binary(g, "ADD", scores, self.mask), beta=1.0)
-        y = op.transpose(g, op.matmul_transposed(g, values, p), LAST_TWO)  # (1, K, g, D)
-        return op.reshape(g, y, [1, 1, self.config.num_heads * self.config.head_dim])
-
-    def _prefill(self, q: int, keys: int, values: int) -> int:
-        """q (1, K, g T, D) over keys (1, K, C, D) and values (1, K, D, C) → (1, T, H D)."""
+    def _attend(self, q: int, keys: int, values: int) -> int:
+        """q (1, K, g T, D) over keys and values (1, K, C, D) → (1, T, H D)."""
         g, c = self.graph, self.config
-        by_head = [1, c.num_heads, self.steps, self.context]
-        scores = op.reshape(g, op.matmul_transposed(g, q, keys), by_head)
+        by_group = [1, c.num_kv_heads, self._queries(), self.context]
+        by_head = by_group if self.steps == 1 else [1, c.num_heads, self.steps, self.context]
+        scores = op.reshape(g, op.matmul(g, q, keys, transposed=True), by_head)
         p = op.unary(g, "SOFTMAX", op.binary(g, "ADD", scores, self.mask), beta=1.0)
-        p = op.reshape(g, p, [1, c.num_kv_heads, self._queries(), self.context])
-        y = op.reshape(g, op.matmul_transposed(g, p, values), [1, c.num_heads, self.steps, c.head_dim])
+        y = op.matmul(g, op.reshape(g, p, by_group), values, transposed=False)
+        y = op.reshape(g, y, [1, c.num_heads, self.steps, c.head_dim])
         return op.reshape(g, op.transpose(g, y, HEADS_AND_STEPS), [1, self.steps, c.num_heads * c.head_dim])

@@ -78,7 +78,7 @@ class Lowering:
         heads, dim = self.config.num_kv_heads, self.config.head_dim
         for i in range(layers):
             self.values[f"k_cache_{i}"] = self.graph.input(f"kv_cache_k_{i}", [1, heads, self.context, dim])
-            self.values[f"v_cache_{i}"] = self.graph.input(f"kv_cache_v_{i}", [1, heads, dim, self.context])
+            self.values[f"v_cache_{i}"] = self.graph.input(f"kv_cache_v_{i}", [1, heads, self.context, dim])
 
     def run(self, outputs: Sequence[str]) -> None:
         for node in self.nodes:

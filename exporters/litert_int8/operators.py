@@ -90,10 +90,10 @@ def fully_connected(graph: Graph, x: int, weight: int, bias: int) -> int:
     return y
 
 
-def matmul_transposed(graph: Graph, a: int, b: int) -> int:
-    """a (1, K, M, N) @ b (1, K, P, N)^T → (1, K, M, P)."""
-    y = graph.tensor([*graph.shapes[a][:3], graph.shapes[b][2]])
-    graph.operator("BATCH_MATMUL", [a, b], [y], adjX=False, adjY=True)
+def matmul(graph: Graph, a: int, b: int, transposed: bool) -> int:
+    """a (1, K, M, N) @ b (1, K, N, P), or @ b^T with b (1, K, P, N) → (1, K, M, P)."""
+    y = graph.tensor([*graph.shapes[a][:3], graph.shapes[b][2 if transposed else 3]])
+    graph.operator("BATCH_MATMUL", [a, b], [y], adjX=False, adjY=transposed)
     return y
 
 
