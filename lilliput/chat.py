@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,13 +159,12 @@ def open_chat(folder: Path, sampler: Sampler, max_tokens: int, system: str | Non
     described = manifest.verify(folder)
     artifact = described.open(folder)
     runtime = registry.load("runtimes", described.result.runtime)()
-    home = tokenizer_folder(folder, artifact.path)
-    tokenizer = load_tokenizer(home)
+    with tokenizer_folder(folder, artifact.path) as home:
+        tokenizer = load_tokenizer(home)
+        stop = stop_tokens(home, tokenizer.eos_token_id)
     session = runtime.open(artifact, described.result.latency.threads if described.result.latency else _cores())
     try:
-        yield Conversation(
-            session, tokenizer, stop_tokens(home, tokenizer.eos_token_id), artifact.context, sampler, max_tokens, system
-        )
+        yield Conversation(session, tokenizer, stop, artifact.context, sampler, max_tokens, system)
     finally:
         session.close()
 
@@ -175,14 +175,20 @@ def _cores() -> int:
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
-def tokenizer_folder(folder: Path, model_file: Path) -> Path:
-    """Where an artifact keeps its tokenizer."""
-    for place in (folder / "tokenizer", folder):
+@contextmanager
+def tokenizer_folder(folder: Path, model_file: Path) -> Iterator[Path]:
+    """A folder with the artifact's tokenizer: its own, or one rebuilt from the metadata of a GGUF file."""
+    for place in (folder, folder / "tokenizer"):
         if (place / "tokenizer.json").is_file():
-            return place
-    raise ArtifactError(
-        f"{folder}: no tokenizer.json beside {model_file.name}, so text cannot become tokens: run again"
-    )
+            yield place
+            return
+    if model_file.suffix != ".gguf":
+        raise ArtifactError(f"{folder}: no tokenizer.json beside {model_file.name}, so text has no tokens: run again")
+    from lilliput.sources.gguf_file import open_gguf
+
+    with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
+        open_gguf(model_file).save_tokenizer(Path(scratch))
+        yield Path(scratch)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -208,10 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     os.environ.setdefault("USE_TF", "0")  # transformers would import tensorflow, and fail on Keras 3
-    sys.exit(_answer(arguments))
+    sys.exit(answer(arguments))
 
 
-def _answer(arguments: Sequence[str] | None) -> int:
+def answer(arguments: Sequence[str] | None) -> int:
     try:
         code = typer.main.get_command(app).main(
             None if arguments is None else list(arguments), prog_name="lilliput", standalone_mode=False

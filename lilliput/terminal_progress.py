@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from lilliput import figures
 from lilliput.progress import Progress as Callback
+from lilliput.progress import silent
 from lilliput.report import StageTime
 from lilliput.run import Plan, PlannedStage
 
@@ -29,14 +29,17 @@ def _bars(console: Console) -> Progress:
 
 
 class StageDisplay:
-    """A pipeline.Watcher: which stage is at work, how far it is, and what is left of the whole."""
+    """A pipeline.Watcher: which stage is at work, how far it is, and what is left of the whole.
+
+    A stage may start within another: a damaged result that is needed is made anew.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._bars = _bars(self._console) if sys.stderr.isatty() else None
-        self._count, self._done = len(plan.stages), 0
-        self._plan, self._started_at = plan, time.monotonic()
-        self._task: TaskID | None = None
+        self._left = {stage.name: 0.0 if stage.cached else stage.seconds for stage in plan.stages}
+        self._count = len(plan.stages)
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -48,11 +51,11 @@ class StageDisplay:
             self._bars.stop()
 
     def started(self, stage: PlannedStage) -> Callback:
-        """Draw the stage; its estimate serves until it reports its own progress."""
+        """Draw the stage; the bar moves without aim until the stage reports how far it is."""
         if self._bars is None:
-            return lambda done, total: None
+            return silent
         bars = self._bars
-        task = self._task = bars.add_task(f"[{self._done + 1}/{self._count}] {stage.name}", total=None)
+        task = self._tasks[stage.name] = bars.add_task(f"{self._place(stage.name)} {stage.name}", total=None)
 
         def progress(done: int, total: int) -> None:
             bars.update(task, completed=done, total=total)
@@ -61,18 +64,19 @@ class StageDisplay:
 
     def finished(self, stage: StageTime) -> None:
         """One line that stays."""
-        if self._bars and self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
-        self._done += 1
+        if self._bars and stage.name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(stage.name))
+        place = self._place(stage.name)
+        self._left.pop(stage.name, None)
         what = "from the store" if stage.cached else figures.seconds(stage.seconds)
-        left = self._left()
-        tail = f", about {figures.seconds(left)} left" if left >= 1 else ""
-        self._console.print(f"[{self._done}/{self._count}] {stage.name}: {what}{tail}", markup=False)
+        left = sum(self._left.values())
+        tail = f", about {figures.seconds(left)} left" if left >= 1 and not stage.cached else ""
+        self._console.print(f"{place} {stage.name}: {what}{tail}", markup=False, soft_wrap=True)
 
-    def _left(self) -> float:
-        """Seconds: the plan's estimate of the stages that are left."""
-        return sum(stage.seconds for stage in self._plan.stages[self._done :] if not stage.cached)
+    def _place(self, name: str) -> str:
+        """[3/14]; a stage that is done once more has no place of its own."""
+        done = self._count - len(self._left)
+        return f"[{done + 1}/{self._count}]" if name in self._left else "[again]"
 
 
 class Countdown:

@@ -11,6 +11,7 @@ A bundle (magic LITERTLM) begins with a header that lists its sections; the mode
 from __future__ import annotations
 
 import mmap
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -26,6 +27,8 @@ try:
 except ModuleNotFoundError as missing:
     raise MissingPackageError("ai-edge-litert", "litert", "reading a .tflite file") from missing
 
+# what flatbuffers raises where offsets lead out of the file, or to nothing
+DAMAGES = (struct.error, IndexError, KeyError, ValueError, TypeError, AttributeError)
 MAGIC, BUNDLE_MAGIC = b"TFL3", b"LITERTLM"
 HEADER_BEGIN, HEADER_END_AT = 32, 24  # of a bundle: litert_lm_builder.litertlm_core
 TFLITE_SECTION = "TFLiteModel"
@@ -70,7 +73,7 @@ def read(file: Path) -> Contents:
             if data[4:8] != MAGIC:
                 raise ArtifactError(f"{file}: begins with neither {MAGIC!r} nor {BUNDLE_MAGIC!r}: not a TFLite file")
             return _model(bytes(data), "TFLite")
-        except (IndexError, ValueError, TypeError, AttributeError) as error:
+        except DAMAGES as error:
             raise ArtifactError(f"{file}: is damaged ({type(error).__name__} in its tables): write it again") from error
 
 
