@@ -27,6 +27,8 @@ from lilliput.model import DecoderConfig
 
 PROTOBUF_LIMIT_BYTES = 2 * 10**9
 EXTERNAL_FROM_BYTES = 1024
+# Which input of a node is codes. The exact twin casts 8-bit codes, unpacked, and dequantizes them itself.
+CODES_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "Cast": 0}
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,22 @@ class _Reader:
 
 
 def _by_codes(proto: ModelProto) -> dict[str, tuple[int, int]]:
-    """(bits, block_size) as the node that reads each `.codes` initializer, directly or reshaped, states them."""
+    """(bits, block_size) as the nodes that read each `.codes` initializer, directly or reshaped, state them."""
     made_by = {output: node for node in proto.graph.node for output in node.output}
+    dims = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     found: dict[str, tuple[int, int]] = {}
     for node in proto.graph.node:
-        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+        if node.op_type not in CODES_INPUT:
             continue
-        codes = node.input[1 if node.op_type == "MatMulNBits" else 0]
+        codes = node.input[CODES_INPUT[node.op_type]]
         codes = made_by[codes].input[0] if codes in made_by else codes
-        stated = (_attribute(node, "bits"), _attribute(node, "block_size"))
+        if not codes.endswith(".codes"):
+            continue
+        stated = (
+            (8, dims[codes][2])
+            if node.op_type == "Cast"
+            else (_attribute(node, "bits"), _attribute(node, "block_size"))
+        )
         if found.setdefault(codes, stated) != stated:
             raise ArtifactError(f"{codes}: one node states (bits, block) {found[codes]}, another {stated}")
     return found
