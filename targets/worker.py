@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -120,9 +121,11 @@ def _report_to(lines: TextIO) -> Progress:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of standard input, whose other end only the parent holds."""
+    """Wait for the end of standard input, whose other end only the parent holds; take our own children along."""
     while os.read(0, 4096):
         pass
+    if os.getpgrp() == os.getpid():  # a group of our own, as targets.devices.host makes it
+        os.killpg(0, signal.SIGKILL)
     os._exit(70)
 
 

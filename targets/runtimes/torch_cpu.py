@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from lilliput.artifact import Artifact
 from lilliput.errors import MeasurementError
 from lilliput.grid import Float
@@ -76,7 +74,8 @@ class TorchSession:
         with torch.inference_mode():
             logits, self._caches = self._step(torch.tensor(list(tokens), dtype=torch.int32), positions, self._caches)
         self._used = end
-        return np.array(logits[0, 0], dtype=np.float32)
+        row: Float = logits[0, 0].numpy().copy()
+        return row
 
     def decode(self, token: int) -> Float:
         return self.prefill([token])
