@@ -55,8 +55,8 @@ class Exporter:
         prefill, decode = traced.signature("prefill"), traced.signature("decode")
         context, chunk = decode.inputs[2].shape[2], prefill.inputs[0].shape[0]
         file, held = flatbuffer.Model(), weights.Weights(model, exact)
-        lowering.lower(file, traced, held, f"prefill_{chunk}", prefill, context)
         lowering.lower(file, traced, held, "decode", decode, context)
+        lowering.lower(file, traced, held, f"prefill_{chunk}", prefill, context)
         file.write(folder / MODEL_FILE)
         if options.bundle and not exact:
             from exporters.litert_int8 import bundle

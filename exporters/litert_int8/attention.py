@@ -51,9 +51,7 @@ class AttentionLowering:
         v = op.cut(g, heads, 2, c.num_heads + c.num_kv_heads, c.num_kv_heads)
         keys = op.update_slice(g, caches[0], op.transpose(g, k, HEADS_AND_STEPS), self.start)
         values = op.update_slice(g, caches[1], op.transpose(g, v, HEADS_AND_STEPS), self.start)
-        q = op.reshape(
-            g, op.transpose(g, q, HEADS_AND_STEPS), [1, c.num_kv_heads, self._queries(), c.head_dim]
-        )
+        q = op.reshape(g, op.transpose(g, q, HEADS_AND_STEPS), [1, c.num_kv_heads, self._queries(), c.head_dim])
         return self._attend(q, keys, values), keys, values
 
     def _queries(self) -> int:

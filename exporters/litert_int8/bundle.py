@@ -51,7 +51,9 @@ def write(model: QuantizedModel, tflite: Path, context: int, path: Path) -> None
     """Write the bundle. Raises ExportError where the tokenizer has no tokenizer.json."""
     tokenizer = model.tokenizer / "tokenizer.json"
     if not tokenizer.is_file():
-        raise ExportError(f"{model.tokenizer}: no tokenizer.json, which a .litertlm bundle holds; export with bundle: false")
+        raise ExportError(
+            f"{model.tokenizer}: no tokenizer.json, which a .litertlm bundle holds; export with bundle: false"
+        )
     file = builder.LitertLmFileBuilder()
     metadata_file = path.with_suffix(".metadata")
     metadata_file.write_bytes(metadata(conversation(model.tokenizer), context).SerializeToString(deterministic=True))
@@ -69,9 +71,7 @@ def metadata(talk: Conversation, context: int) -> Any:
     """LlmMetadata, as LiteRT-LM's protocol buffer."""
     message = llm_metadata_pb2.LlmMetadata()
     message.max_num_tokens = context
-    message.llm_model_type.CopyFrom(
-        llm_model_type_pb2.LlmModelType(generic_model=llm_model_type_pb2.GenericModel())
-    )
+    message.llm_model_type.CopyFrom(llm_model_type_pb2.LlmModelType(generic_model=llm_model_type_pb2.GenericModel()))
     if talk.start_token is not None:
         message.start_token.token_str = talk.start_token
     for token in talk.stop_tokens:
@@ -92,7 +92,9 @@ def conversation(folder: Path) -> Conversation:
         after = _after_answer(tokenizer)
         stops += [t for t in _special_tokens(folder) if t in after and t not in stops]
     starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
-    if template is not None and "bos_token" in template:  # LiteRT-LM renders bos_token as nothing, and prepends it itself
+    if (
+        template is not None and "bos_token" in template
+    ):  # LiteRT-LM renders bos_token as nothing, and prepends it itself
         starts = True
     return Conversation(template, tokenizer.bos_token if starts else None, tuple(stops))
 

@@ -95,7 +95,7 @@ class Model:
     def write(self, path: Path) -> None:
         """Write the file; the same calls give the same bytes."""
         large = {i: b for i, b in enumerate(self._buffers) if b is not None and b.nbytes > INLINE_BYTES}
-        start = _align(len(self._pack({i: (1, 1) for i in large})))
+        start = _align(len(self._pack(dict.fromkeys(large, (1, 1)))))
         places: dict[int, tuple[int, int]] = {}
         for i, data in large.items():
             places[i] = (start, data.nbytes)
@@ -104,7 +104,7 @@ class Model:
             file.write(self._pack(places))
             for i, (offset, _) in places.items():
                 file.write(b"\0" * (offset - file.tell()))
-                file.write(memoryview(large[i]).cast("B"))
+                file.write(large[i].data)
 
     def _pack(self, places: Mapping[int, tuple[int, int]]) -> bytes:
         """The flatbuffer, with large buffers at `places` (offset, size)."""

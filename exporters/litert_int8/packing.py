@@ -43,7 +43,9 @@ def _block_refusal(spec: GridSpec, role: Role, cols: int) -> str | None:
     if spec.block_size % BLOCK_MULTIPLE:
         return f"XNNPACK takes blocks that are multiples of {BLOCK_MULTIPLE}, {spec.name} is not: choose int4-b32"
     if cols % spec.block_size:
-        return f"blocks of {spec.block_size} do not divide {cols} columns and LiteRT has no short block: choose int4-b32"
+        return (
+            f"blocks of {spec.block_size} do not divide {cols} columns and LiteRT has no short block: choose int4-b32"
+        )
     if spec.scale_dtype != "bf16_f16":
         return f"XNNPACK rounds block scales to bfloat16, {spec.name} allows others: choose int4-b{spec.block_size}"
     return None
@@ -52,16 +54,16 @@ def _block_refusal(spec: GridSpec, role: Role, cols: int) -> str | None:
 def pack_nibbles(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """int8 codes in [-8, 7] of any even count → (count / 2,) uint8, first code in the low nibble."""
     nibbles = (codes.reshape(-1) & 15).astype(np.uint8)
-    return nibbles[0::2] | (nibbles[1::2] << 4)
+    return np.asarray(nibbles[0::2] | (nibbles[1::2] << 4), dtype=np.uint8)
 
 
 def unpack_nibbles(data: npt.NDArray[np.uint8], shape: tuple[int, int]) -> npt.NDArray[np.int8]:
     """(rows * cols / 2,) uint8 → (rows, cols) int8 codes in [-8, 7]; the inverse of `pack_nibbles`."""
     nibbles = np.stack([data & 15, data >> 4], axis=1).reshape(shape).astype(np.int8)
-    return (nibbles ^ 8) - np.int8(8)
+    return np.asarray((nibbles ^ 8) - 8, dtype=np.int8)
 
 
 def scale_dtype(scales: Float) -> ScaleDtype:
     """The narrowest scale dtype that holds all of `scales`: a file with float32 scales does not say."""
-    fits = (d for d in ("bf16_f16", "float16") if np.array_equal(round_scale(scales, d), scales))  # type: ignore[arg-type]
-    return next(fits, "float32")  # type: ignore[return-value]
+    candidates: tuple[ScaleDtype, ...] = ("bf16_f16", "float16")
+    return next((d for d in candidates if np.array_equal(round_scale(scales, d), scales)), "float32")
