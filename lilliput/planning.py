@@ -28,6 +28,8 @@ from lilliput.store import Store, default_root
 if TYPE_CHECKING:
     from exporters.base import Exporter
 
+MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".md")  # of a Hugging Face folder
+
 
 def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | None = None, fresh: bool = False) -> Plan:
     """All stages in order, what is cached and what the rest will take; every check that needs no work.
@@ -86,15 +88,14 @@ def _chosen(recipe: Recipe, targets: Sequence[str], model: str | None) -> Recipe
 
 
 def source_sha256(spec: ModelSpec) -> str:
-    """Of the files that a source is read from: a file's own, or that of the list of a folder's."""
-    from lilliput.source import open_original, resolve
+    """Of the files that a source is read from: a file's own, or that of the list of a folder's. Opens no model."""
+    from lilliput.source import resolve
 
     path = resolve(spec.source, allow_pickle=spec.allow_pickle)
     if path.is_file():
         return sha256(path)
-    original = open_original(path, allow_pickle=spec.allow_pickle, allow_remote_code=spec.allow_remote_code)
-    named = sorted({*original.files, *path.glob("*.json")})
-    return hashlib.sha256("".join(f"{sha256(file)}  {file.name}\n" for file in named).encode()).hexdigest()
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in MODEL_FILES)
+    return hashlib.sha256("".join(f"{sha256(file)}  {file.name}\n" for file in files).encode()).hexdigest()
 
 
 def host_of(recipe: Recipe) -> str:

@@ -211,12 +211,20 @@ class Recipe(Strict):
 
 
 def assign(rules: tuple[Rule, ...], config: DecoderConfig) -> dict[str, Rule]:
-    """The rule of every matrix of the model; the first that matches. Raises RecipeError naming one without."""
-    shapes = config.parameter_shapes()
+    """The rule of every matrix of the model; the first that matches.
+
+    Raises RecipeError naming a matrix without a rule, or a rule whose pattern fits no matrix: it is misspelt.
+    `head` fits a tied model too, which has none.
+    """
+    names = [name for name in config.parameter_shapes() if role_of(name) != "vector"]
     parameters = parameter_count(config)
     live = [rule for rule in rules if rule.below_parameters is None or parameters < rule.below_parameters]
+    for rule in rules:
+        if not any(fnmatchcase(name, rule.match) for name in [*names, "head"]):
+            shown = ", ".join(names[:4])
+            raise RecipeError(f"quantize: rule {rule.match!r} matches no matrix: their names are like {shown}")
     assigned: dict[str, Rule] = {}
-    for name in (n for n in shapes if role_of(n) != "vector"):
+    for name in names:
         rule = next((r for r in live if fnmatchcase(name, r.match)), None)
         if rule is None:
             raise RecipeError(
