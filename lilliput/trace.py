@@ -136,9 +136,9 @@ def _read_call(fx: FxNode, names: dict[FxNode, str], nodes: list[Node]) -> None:
     row = LOWERED.get(target)
     if row is None:
         raise ExportError(f"operator {target} of the traced decoder is not mapped: known are {', '.join(LOWERED)}")
-    names[fx] = fx.name
+    names[fx] = f"value.{fx.name}"  # never a parameter's name: torch calls the embedding's result `embedding`
     inputs = tuple(names[fx.args[i]] for i in row.tensors if i < len(fx.args) and fx.args[i] is not None)  # type: ignore[index]
-    outputs = tuple(f"{fx.name}.{i}" for i in range(3)) if row.op == "attention" else (fx.name,)
+    outputs = tuple(f"{names[fx]}.{i}" for i in range(3)) if row.op == "attention" else (names[fx],)
     nodes.append(Node(row.op, inputs, outputs, {key: fx.args[i] for key, i in row.attributes}))  # type: ignore[misc]
 
 

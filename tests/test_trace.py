@@ -1,0 +1,164 @@
+"""The traced graph: its nodes, interpreted in plain torch by the words of lilliput.model.Node, against transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lilliput import decoder, trace
+from lilliput.errors import ExportError
+from lilliput.model import Node, Signature, SourceModel, TracedModel
+from lilliput.proof import TOLERANCE, relative_error
+
+CONTEXT, PREFILL, STEPS = 20, 8, 5
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tied GQA": ("llama", {}),
+    "llama untied MQA biases": (
+        "llama", {"tie_word_embeddings": False, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+    ),
+    "gpt2": ("gpt2", {}),
+}  # fmt: skip
+Values = dict[str, Tensor]
+
+
+def attention(node: Node, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Written apart from lilliput.decoder: one query and one head at a time."""
+    q, k, v, k_cache, v_cache, positions, *tables = inputs
+    heads, kv_heads, dim = (int(node.attributes[name]) for name in ("num_heads", "num_kv_heads", "head_dim"))
+    k_cache, v_cache, y = k_cache.clone(), v_cache.clone(), torch.zeros_like(q)
+
+    def rotated(x: Tensor, position: int) -> Tensor:
+        if not tables:
+            return x
+        cos, sin = (table[position] for table in tables)
+        low, high = x[: dim // 2], x[dim // 2 :]
+        return torch.cat([low * cos - high * sin, low * sin + high * cos])
+
+    for t, position in enumerate(positions.tolist()):
+        for h in range(kv_heads):
+            at = slice(h * dim, (h + 1) * dim)
+            k_cache[0, h, position] = rotated(k[0, t, at], position)
+            v_cache[0, h, position] = v[0, t, at]
+    for t, position in enumerate(positions.tolist()):
+        for h in range(heads):
+            at, group = slice(h * dim, (h + 1) * dim), h // (heads // kv_heads)
+            scores = k_cache[0, group, : position + 1] @ rotated(q[0, t, at], position) / math.sqrt(dim)
+            y[0, t, at] = scores.softmax(0) @ v_cache[0, group, : position + 1]
+    return y, k_cache, v_cache
+
+
+def rms_norm(node: Node, x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + node.attributes["eps"]).sqrt() * weight
+
+
+def layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + node.attributes["eps"]).sqrt() * weight + bias
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "embedding": lambda node, table, indices: table[indices.long()][None],
+    "linear": lambda node, x, weight, bias=None: x @ weight.T + (0 if bias is None else bias),
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "add": lambda node, a, b: a + b,
+    "mul": lambda node, a, b: a * b,
+    "silu": lambda node, x: x / (1 + (-x).exp()),
+    "gelu_tanh": lambda node, x: F.gelu(x, approximate="tanh"),
+    "attention": attention,
+    "last": lambda node, x: x[:, -1:],
+}
+
+
+def interpret(signature: Signature, constants: Values, inputs: Values) -> Values:
+    """Run the nodes in their order; every input must have been made before."""
+    values = {**constants, **inputs}
+    for node in signature.nodes:
+        results = OPERATORS[node.op](node, *(values[name] for name in node.inputs))
+        values |= zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=True)
+    return {info.name: values[info.name] for info in signature.outputs}
+
+
+def constants_of(source: SourceModel) -> Values:
+    """Parameters by their names, and the rotary tables."""
+    values = {name: torch.from_numpy(source.weights[name]) for name in source.config.parameter_shapes()}
+    if source.config.positions == "rope":
+        cos, sin = decoder.rotary_tables(source.config, CONTEXT)
+        values |= {"rope.cos": cos, "rope.sin": sin}
+    return values
+
+
+@pytest.fixture(params=list(MODELS), scope="module")
+def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceModel, TracedModel]:
+    kind, options = MODELS[request.param]
+    source = tiny_models.tiny_source(tmp_path_factory.mktemp("hf"), kind, **options)
+    return source, trace.trace(decoder.build(source), CONTEXT, PREFILL)
+
+
+@torch.no_grad()
+def test_nodes_compute_what_transformers_computes(traced: tuple[SourceModel, TracedModel]) -> None:
+    """A prefill, then single steps through the caches that it gives back."""
+    from transformers import AutoModelForCausalLM
+
+    source, model = traced
+    theirs = AutoModelForCausalLM.from_pretrained(source.tokenizer, dtype=torch.float32).eval()
+    ids = torch.randint(0, source.config.vocab_size, (1, PREFILL + STEPS), generator=torch.Generator().manual_seed(3))
+    wanted, constants = theirs(ids).logits[0], constants_of(source)
+    prefill, decode = model.signature("prefill"), model.signature("decode")
+    caches = {info.name: torch.zeros(info.shape) for info in prefill.inputs if "cache" in info.name}
+    out = interpret(prefill, constants, {"tokens": ids[0, :PREFILL], "positions": torch.arange(PREFILL), **caches})
+    assert relative_error(out["logits"][0, 0], wanted[PREFILL - 1]) <= TOLERANCE
+    for position in range(PREFILL, PREFILL + STEPS):
+        caches = {name.removesuffix(".out"): value for name, value in out.items() if name.endswith(".out")}
+        at = torch.tensor([position])
+        out = interpret(decode, constants, {"tokens": ids[0, position : position + 1], "positions": at, **caches})
+        assert relative_error(out["logits"][0, 0], wanted[position]) <= TOLERANCE
+
+
+def test_signatures_have_the_promised_names_and_shapes(traced: tuple[SourceModel, TracedModel]) -> None:
+    source, model = traced
+    config = source.config
+    cache = (1, config.num_kv_heads, CONTEXT, config.head_dim)
+    names = [f"{kv}_cache_{i}" for i in range(config.num_layers) for kv in "kv"]
+    for name, steps in (("prefill", PREFILL), ("decode", 1)):
+        signature = model.signature(name)
+        ids = [(info.name, info.dtype, info.shape) for info in signature.inputs[:2]]
+        assert ids == [("tokens", "int32", (steps,)), ("positions", "int32", (steps,))]
+        assert [(info.name, info.shape) for info in signature.inputs[2:]] == [(n, cache) for n in names]
+        assert signature.outputs[0].shape == (1, 1, config.vocab_size)
+        assert [info.name for info in signature.outputs[1:]] == [f"{n}.out" for n in names]
+
+
+def test_every_value_is_made_once_before_its_use_and_every_parameter_is_used(
+    traced: tuple[SourceModel, TracedModel],
+) -> None:
+    source, model = traced
+    parameters = set(source.config.parameter_shapes())
+    for signature in model.signatures:
+        made = parameters | {info.name for info in signature.inputs} | {"rope.cos", "rope.sin"}
+        used: set[str] = set()
+        for node in signature.nodes:
+            assert node.op in OPERATORS
+            assert set(node.inputs) <= made
+            assert not set(node.outputs) & made
+            made |= set(node.outputs)
+            used |= set(node.inputs)
+        assert parameters <= used
+        assert {info.name for info in signature.outputs} <= made
+
+
+def test_an_operator_without_a_row_is_refused_by_name(
+    traced: tuple[SourceModel, TracedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = traced
+    monkeypatch.setattr(trace, "LOWERED", {k: v for k, v in trace.LOWERED.items() if k != "aten.mul.Tensor"})
+    monkeypatch.delitem(trace.LOWERED, "aten.add.Tensor")
+    with pytest.raises(ExportError, match=r"operator aten\.(add|mul)\.Tensor of the traced decoder is not mapped"):
+        trace.trace(decoder.build(source), CONTEXT, PREFILL)
