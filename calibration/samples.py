@@ -96,7 +96,7 @@ def gather(source: SourceModel, options: SampleOptions, progress: Progress = sil
     for document in documents:
         digest.update(document.encode())
         ids += ([*end] if ids else []) + tokenizer.encode(document, add_special_tokens=False, verbose=False)
-    tokens = cut(ids, options, tokenizer.build_inputs_with_special_tokens([]))
+    tokens = cut(ids, options, _prefix(tokenizer))
     provenance = Provenance(kind, options.samples, digest.hexdigest(), *tokens.shape)
     return Samples(tokens, provenance)
 
@@ -120,19 +120,25 @@ def _tokenizer(source: SourceModel) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source.tokenizer)
 
 
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text."""
+    plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    starts = [i for i in range(len(full)) if full[i : i + len(plain)] == plain]
+    return list(full[: starts[0]]) if starts else []
+
+
 def _generated(source: SourceModel, options: SampleOptions, progress: Progress) -> Samples:
     from calibration.generation import Sampling, generate
     from lilliput.decoder import build
 
     tokenizer = _tokenizer(source)
-    prefix = tuple(tokenizer.build_inputs_with_special_tokens([]))
     sampling = Sampling(
         count=options.count,
         length=options.length,
         seed=options.seed,
         temperature=options.temperature,
         top_k=options.top_k,
-        first_tokens=prefix,
+        first_tokens=tuple(_prefix(tokenizer)),
         banned=tuple(tokenizer.all_special_ids),
     )
     tokens = generate(build(source), sampling, progress)

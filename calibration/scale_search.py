@@ -29,7 +29,7 @@ from torch import Tensor
 from calibration.base import SolverOptions
 from lilliput.grid import FLOAT16_TINY, Codes, Float, GridSpec, QuantizedTensor, round_scale
 
-SLAB = 1 << 16  # weights that one step of the search works on: they stay in the cache of a core
+SLAB = 1 << 19  # weights that one step of the search works on: bounds its memory to some 20 MB
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 

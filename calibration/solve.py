@@ -3,12 +3,18 @@
 Rules are shell patterns over parameter names, the first that matches wins (lilliput.recipe_schema.assign).
 Norms, biases and learned positions stay in float, and so does what a rule keeps so; provenance names the
 latter. A tied embedding is one parameter: lookup and head get the same codes.
+
+Matrices do not depend on each other: as many are solved at once as torch has threads, each on one thread.
+So the codes are the same for any number of threads, and small steps do not wait at a barrier of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+
+import torch
 
 from calibration.base import InputStatistics, Solver, SolverOptions
 from calibration.statistics import Statistics
@@ -33,18 +39,33 @@ def solve(
     check_rules(rules, source)
     assigned = assign(tuple(rules), source.config)
     solvers = {id(rule): _solver(rule, statistics) for rule in _distinct(assigned) if rule.grid != FLOAT}
+
+    def one(name: str) -> tuple[str, QuantizedTensor]:
+        found = statistics.get(name) if statistics else None
+        tensor = solvers[id(assigned[name])](source.weights[name], found)
+        tensor.check(name)
+        return name, tensor
+
+    names = [name for name, rule in assigned.items() if rule.grid != FLOAT]
     quantized: dict[str, QuantizedTensor] = {}
-    floats: dict[str, Float] = {}
-    for name in source.config.parameter_shapes():
-        rule = assigned.get(name)
-        if rule is None or rule.grid == FLOAT:
-            floats[name] = source.weights[name]
-            continue
-        quantized[name] = solvers[id(rule)](source.weights[name], statistics.get(name) if statistics else None)
-        quantized[name].check(name)
-        progress(len(quantized), len(assigned))
+    for name, tensor in _in_parallel(one, names):
+        quantized[name] = tensor
+        progress(len(quantized), len(names))
+    floats = {name: source.weights[name] for name in source.config.parameter_shapes() if name not in quantized}
     provenance = provenance_of(source, assigned, statistics)
     return QuantizedModel(source.name, source.config, quantized, floats, source.tokenizer, provenance)
+
+
+def _in_parallel(
+    work: Callable[[str], tuple[str, QuantizedTensor]], names: Sequence[str]
+) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Results in the order of `names`, from a pool of torch's threads with one torch thread each."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from pool.map(work, names)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def check_rules(rules: Sequence[Rule], source: SourceModel) -> None:

@@ -68,7 +68,7 @@ class Statistics(Mapping[str, InputStatistics]):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"{folder}: no readable statistics ({error}): run with --fresh") from error
         self.folder = folder
-        self._load = lru_cache(maxsize=1)(load_file)
+        self._load = lru_cache(maxsize=2)(load_file)
 
     def __getitem__(self, name: str) -> InputStatistics:
         if name not in self._names:
