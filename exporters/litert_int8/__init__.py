@@ -43,7 +43,7 @@ class Exporter:
     extra: ClassVar[str] = "litert"
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
-        return packing.refusal(spec, role, shape)
+        return packing.refusal(spec, shape)
 
     def export(
         self, model: QuantizedModel, traced: TracedModel, options: ExporterOptions, folder: Path, *, exact: bool = False

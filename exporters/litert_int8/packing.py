@@ -10,7 +10,8 @@ XNNPACK, which computes them, rounds block scales to bfloat16 when it packs: a b
 "bf16_f16". Per-channel scales are float32 there and keep all their bits.
 
 Sources: LiteRT's schema.fbs (BlockwiseQuantization), tflite/delegates/xnnpack (which blocks it takes: whole
-multiples of 32 that divide the row), and LiteRT's quantization specification (int8 weights in [-127, 127]).
+multiples of 32 that divide the row), tflite/kernels/
+embedding_lookup.cc (which reads the same layouts), and LiteRT's quantization specification (int8 weights in [-127, 127]).
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lilliput.grid import Float, GridSpec, ScaleDtype, round_scale
-from lilliput.model import Role
 
 BLOCK_MULTIPLE = 32  # XNNPACK's 4-bit kernels walk a row in steps of 32
 
 
-def refusal(spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
+def refusal(spec: GridSpec, shape: tuple[int, int]) -> str | None:
     """Why a `.tflite` cannot hold such a matrix exactly, or None where it can."""
     if spec.offset != "none":
         return f"LiteRT weights are symmetric, {spec.name} has a {spec.offset.replace('_', ' ')}: choose int4-b32"
@@ -32,20 +32,16 @@ def refusal(spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
         return f"LiteRT runs 4 and 8 bit weights, {spec.name} has {spec.bits}: choose int4-b32 or int8-channel"
     if spec.bits == 4 and shape[1] % 2:
         return f"LiteRT packs 4-bit codes in pairs, {shape[1]} columns are odd: choose int8-channel"
-    return _block_refusal(spec, role, shape[1]) if spec.block_size else None
+    return _block_refusal(spec, shape[1]) if spec.block_size else None
 
 
-def _block_refusal(spec: GridSpec, role: Role, cols: int) -> str | None:
+def _block_refusal(spec: GridSpec, cols: int) -> str | None:
     if spec.bits == 8:
         return f"LiteRT has one scale per channel for 8-bit weights, {spec.name} has blocks: choose int8-channel"
-    if role != "linear":
-        return f"LiteRT's embedding lookup takes per-channel codes only, {spec.name} has blocks: choose int8-channel"
     if spec.block_size % BLOCK_MULTIPLE:
         return f"XNNPACK takes blocks that are multiples of {BLOCK_MULTIPLE}, {spec.name} is not: choose int4-b32"
     if cols % spec.block_size:
-        return (
-            f"blocks of {spec.block_size} do not divide {cols} columns and LiteRT has no short block: choose int4-b32"
-        )
+        return f"LiteRT has no short block, {spec.block_size} does not divide {cols} columns: choose int8-channel"
     if spec.scale_dtype != "bf16_f16":
         return f"XNNPACK rounds block scales to bfloat16, {spec.name} allows others: choose int4-b{spec.block_size}"
     return None
