@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -25,7 +26,7 @@ from hashlib import sha256 as new_sha256
 from pathlib import Path
 
 from lilliput.artifact import sha256
-from lilliput.errors import MissingError, OutputError
+from lilliput.errors import LilliputError, MissingError, OutputError
 
 ENTRY = "entry.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,21 +50,32 @@ def key_of(stage: str, code: str, inputs: Mapping[str, str], options: Mapping[st
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk under `folder` into one line."""
+    """Turn a full or read-only disk under `folder` into one line, whichever library met it."""
     try:
         yield
-    except OSError as error:
-        if error.errno in FULL:
+    except LilliputError:
+        raise
+    except Exception as error:
+        number, name = _errno(error), getattr(error, "filename", None) or folder
+        if number in FULL:
             raise MissingError(
-                f"{error.filename or folder}: the disk is full; free some space, or use another disk "
+                f"{name}: the disk is full; free some space, or use another disk "
                 f"(--out for artifacts, LILLIPUT_CACHE for stage results); finished stages are kept"
             ) from error
-        if error.errno in REFUSED:
+        if number in REFUSED:
             raise OutputError(
-                f"{error.filename or folder}: cannot be written ({error.strerror}); choose a folder that can "
+                f"{name}: cannot be written ({os.strerror(number)}); choose a folder that can "
                 f"(--out for artifacts, LILLIPUT_CACHE for stage results)"
             ) from error
         raise
+
+
+def _errno(error: Exception) -> int:
+    """The system's error number; Rust libraries (safetensors) have it in their text alone; 0 where there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 @dataclass(frozen=True)
