@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 import tempfile
@@ -208,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     os.environ.setdefault("USE_TF", "0")  # transformers would import tensorflow, and fail on Keras 3
+    # torchao speaks of torch's deprecations when transformers imports it
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     sys.exit(answer(arguments))
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sample_artifact import publish
+from tiny_models import tiny_quantized_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lilliput.chat import Conversation, Sampler, stop_tokens, tokenizer_folder
+from lilliput import cli, terminal
+from lilliput.chat import Conversation, Sampler, open_chat, stop_tokens, tokenizer_folder
 from lilliput.errors import ArtifactError, InputError
 from lilliput.grid import Float
+from lilliput.model import QuantizedModel
 
 CHATML = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
@@ -167,3 +173,58 @@ def test_an_artifact_without_tokenizer_is_refused(tmp_path: Path) -> None:
         tokenizer_folder(tmp_path, tmp_path / "model.onnx"),
     ):
         pass
+
+
+def test_greedy_answer_is_transformers_own(tmp_path: Path) -> None:
+    """The oracle: transformers with the same dequantized weights, its own template, its own greedy generation."""
+    model = tiny_quantized_model(tmp_path)
+    folder = publish(model, tmp_path / "artifact")
+    with open_chat(folder, Sampler(), max_tokens=12) as talk:
+        answer = "".join(talk.ask("The quick brown"))
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "The quick brown"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    reference = with_weights(LlamaForCausalLM.from_pretrained(model.tokenizer), model)
+    tokens = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+    assert answer == tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert answer
+
+
+HF_NAMES = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+HF_NAMES |= {f"attention.{x}": f"self_attn.{x}_proj" for x in "qkvo"} | {
+    f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")
+}
+
+
+def with_weights(reference: LlamaForCausalLM, model: QuantizedModel) -> LlamaForCausalLM:
+    """The reference with every parameter replaced by the artifact's."""
+    state = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "embedding", "model.norm.weight": "norm"}
+    for layer in range(model.config.num_layers):
+        state |= {f"model.layers.{layer}.{hf}.weight": f"layers.{layer}.{ours}" for ours, hf in HF_NAMES.items()}
+    reference.load_state_dict({hf: torch.from_numpy(model.dequantized(ours)) for hf, ours in state.items()})
+    return reference.eval()
+
+
+def test_a_changed_artifact_is_not_talked_to(tmp_path: Path) -> None:
+    folder = publish(tiny_quantized_model(tmp_path), tmp_path / "artifact")
+    (folder / "codes.safetensors").write_bytes((folder / "codes.safetensors").read_bytes() + b"x")
+    with pytest.raises(ArtifactError, match=r"codes\.safetensors has changed"), open_chat(folder, Sampler(), 8):
+        pass
+
+
+def test_command_answers_a_prompt_and_every_line_of_its_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = publish(tiny_quantized_model(tmp_path), tmp_path / "artifact")
+    assert cli.answer(["chat", str(folder), "--prompt", "The quick", "--max-tokens", "4"]) == 0
+    first = capsys.readouterr().out
+    assert first.strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO("The quick\n\n"))
+    assert cli.answer(["chat", str(folder), "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.talk(conversation(Scripted(ids("a\x1b[31m\tb\n")), template=None), "x")
+    assert capsys.readouterr().out == "a[31m\tb\n\n"

@@ -52,7 +52,7 @@ def _with_manifest(folder: Path) -> Inspection:
     file = folder / described.artifact.main_file
     if not file.is_file():
         raise ArtifactError(f"{folder}: {described.artifact.main_file} is missing, {manifest.NAME} lists it: run again")
-    made = _made(folder, [file], _read(file))
+    made = _made(folder, [file], _read_changed(file) if changed else _read(file))
     facts = {
         "model": described.name,
         "exporter": described.artifact.exporter,
@@ -61,6 +61,14 @@ def _with_manifest(folder: Path) -> Inspection:
         "measured": f"{described.created} on {described.host.cpu}",
     }
     return made.model_copy(update={"manifest": facts, "changes": changed})
+
+
+def _read_changed(file: Path) -> Contents:
+    """What can still be read of a file that may be damaged."""
+    try:
+        return _read(file)
+    except ArtifactError as error:
+        return Contents("unreadable", (), {}, (str(error),))
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -11,7 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
+from sample_artifact import publish
+from tiny_models import tiny_quantized_model
 
+from lilliput import cli, manifest
 from lilliput.errors import ArtifactError
 from lilliput.inspection import Inspection, inspect
 
@@ -190,3 +193,41 @@ def test_a_whole_run_is_told_apart_from_a_target(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ArtifactError, match="is a whole run: inspect one of its targets"):
         inspect(tmp_path)
+
+
+def test_a_published_artifact_shows_its_manifest_and_whether_it_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    onnx_file(folder / "model.onnx", tied=True)
+    described = manifest.read(publish(tiny_quantized_model(tmp_path), tmp_path / "made"))
+    facts = described.artifact.model_copy(update={"main_file": "model.onnx"})
+    files = manifest.files_of(folder)
+    manifest.write(described.model_copy(update={"artifact": facts, "files": files}), folder)
+    assert cli.answer(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "manifest: kept" in shown
+    assert described.source.sha256 in shown
+    changed = onnx.load(folder / "model.onnx")
+    changed.producer_name = "another"
+    onnx.save(changed, folder / "model.onnx")
+    (folder / "foreign.txt").write_text("x")
+    assert inspect(folder).changes == ("model.onnx has changed", "foreign.txt is foreign")
+    assert cli.answer(["inspect", str(folder), "--tensors"]) == 2
+    shown = capsys.readouterr().out
+    assert "manifest: not kept, model.onnx has changed; foreign.txt is foreign" in shown
+    assert "w.codes" in shown
+    (folder / "model.onnx").write_bytes(b"\xff\xff\xff")
+    assert cli.answer(["inspect", str(folder)]) == 2
+    shown = capsys.readouterr().out
+    assert "model.onnx has changed" in shown
+    assert "not a readable ONNX model" in shown
+
+
+def test_two_published_targets_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = publish(tiny_quantized_model(tmp_path), tmp_path / "made")
+    assert cli.answer(["compare", str(folder), str(folder)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "size_mb 91.7 MB 91.7 MB +0.0 % same" in shown
+    assert "mean_kld 0.109 nats 0.109 nats +0.0 % same" in shown
