@@ -1,0 +1,85 @@
+"""The streaming pass against transformers' own modules, whose linears are watched by hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_llama, tiny_source
+
+from calibration import statistics
+from calibration.samples import Provenance, Samples
+from calibration.statistics import Statistics, gather
+from lilliput.errors import CalibrationError
+from lilliput.families.llama import LAYER
+from lilliput.model import SourceModel, role_of
+
+
+def random_samples(source: SourceModel, count: int = 6, length: int = 24) -> Samples:
+    tokens = np.random.default_rng(0).integers(0, source.config.vocab_size, (count, length)).astype(np.int32)
+    return Samples(tokens, Provenance("text", "random", "0" * 64, count, length))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_statistics_are_those_of_transformers_linears(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(statistics, "PANEL", 48)  # several panels, the last one short
+    monkeypatch.setattr(statistics, "BATCH_TOKENS", 50)  # two samples a batch
+    source = tiny_source(tmp_path, tie_word_embeddings=tied)
+    samples = random_samples(source)
+    found = gather(source, samples, tmp_path / "stage")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "again", tie_word_embeddings=tied))
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].flatten(0, -2).double()}))
+    with torch.inference_mode():
+        model(torch.from_numpy(samples.tokens.astype(np.int64)))
+    for name, got in found.items():
+        index, inner = name.split(".", 2)[1:] if name != "head" else ("", "")
+        x = seen[f"model.layers.{index}.{LAYER[inner]}" if inner else "lm_head"].numpy()
+        expected = x.T @ x / len(x)
+        assert np.allclose(got.second_moments, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()), name
+        assert np.array_equal(got.second_moments, got.second_moments.T)
+        assert np.allclose(got.minimum, x.min(0), atol=1e-4)
+        assert np.allclose(got.maximum, x.max(0), atol=1e-4)
+        assert got.count == samples.tokens.size
+    names = {n for n in source.config.parameter_shapes() if role_of(n) in ("linear", "head")}
+    assert set(found) == names
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_statistics_repeat_bit_for_bit_and_open_again(kind: str, tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, kind)
+    steps: list[tuple[int, int]] = []
+    first = gather(source, random_samples(source), tmp_path / "a", lambda *step: steps.append(step))
+    gather(source, random_samples(source), tmp_path / "b")
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == ["final.safetensors", "layer_000.safetensors", "layer_001.safetensors", "samples.json"]
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert steps == [(1, 2), (2, 2)]
+    again = Statistics(tmp_path / "a")
+    assert list(again) == list(first)
+    assert again.samples == first.samples
+    assert "embedding" not in again
+    for name in again:
+        assert np.array_equal(again[name].second_moments, first[name].second_moments)
+
+
+def test_linears_of_one_input_share_their_statistics(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path)
+    found = gather(source, random_samples(source), tmp_path / "stage")
+    for shared in (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")):
+        first, *others = (found[f"layers.1.{name}"].second_moments for name in shared)
+        assert all(np.array_equal(first, other) for other in others)
+
+
+def test_a_folder_without_statistics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no readable statistics"):
+        Statistics(tmp_path)
