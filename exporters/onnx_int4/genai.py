@@ -5,6 +5,11 @@ Field meanings: onnxruntime-genai's src/config.h and its own builder's make_gena
 `past_present_share_buffer` lets the client bind one buffer of `max_length` positions as past and present.
 The type "decoder" is its name for a plain decoder-only model, whatever the family. The logits' middle dimension is
 1 in the graph, which the client takes for a head that computes the last position only.
+
+The client reads tokenizer.json with code of its own (onnxruntime-extensions 0.18), whose `Digits` step leaves
+numerals other than decimal digits (½, ², Ⅷ) joined to a space before them, while tokenizers takes them apart. The copy
+in the folder says the same in plain patterns, which both read alike: \\p{N} is Rust's `char::is_numeric`, and
+BYTE_LEVEL is the pattern that tokenizers' `ByteLevel` itself applies (its pre_tokenizers/byte_level.rs).
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NAMES = {
     "inputs": {
         "input_ids": "input_ids",
@@ -45,8 +51,31 @@ def write(model: QuantizedModel, context: int, main_file: str, folder: Path) -> 
             shutil.copyfile(model.tokenizer / name, folder / name)
     if not (folder / "tokenizer.json").is_file():
         raise ExportError(f"{model.tokenizer}: no tokenizer.json, which onnxruntime-genai reads: save a fast tokenizer")
+    _spell_out_digits(folder / "tokenizer.json")
     text = {"model": _model(model, context, main_file), "search": _search(context)}
     (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n")
+
+
+def _spell_out_digits(path: Path) -> None:
+    """Rewrite a tokenizer.json that splits digits and bytes by named steps; others stay as they are."""
+    tokenizer = _json(path)
+    steps = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    if any(step["type"] == "Digits" for step in steps):
+        tokenizer["pre_tokenizer"]["pretokenizers"] = [new for step in steps for new in spelled_out(step)]
+        path.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def spelled_out(step: dict[str, Any]) -> list[dict[str, Any]]:
+    """A pre-tokenizer's step as steps that split by a pattern, where there are such."""
+    if step["type"] == "Digits":
+        return [_split(r"\p{N}" if step["individual_digits"] else r"\p{N}+")]
+    if step["type"] == "ByteLevel" and step.get("use_regex", True) and not step.get("add_prefix_space"):
+        return [_split(BYTE_LEVEL), {**step, "use_regex": False}]
+    return [step]
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _model(model: QuantizedModel, context: int, main_file: str) -> dict[str, Any]:

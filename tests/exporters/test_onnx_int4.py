@@ -15,12 +15,13 @@ import torch
 from onnx_cases import quantize
 from tiny_models import tiny_source
 
-from exporters.onnx_int4 import Exporter, Options
+from exporters.onnx_int4 import Exporter, Options, genai
 from lilliput.artifact import Artifact, sha256
 from lilliput.decoder import Decoder, build
 from lilliput.errors import ArtifactError, ExportError
 from lilliput.grid import Float
 from lilliput.model import QuantizedModel, SourceModel, role_of
+from lilliput.parity_texts import TEXTS
 from lilliput.trace import trace
 from targets.runtimes.ort_cpu import Runtime
 
@@ -194,3 +195,16 @@ def test_genai_config_states_the_cache_and_what_ends_a_text(tmp_path: Path) -> N
     assert config["search"]["past_present_share_buffer"] is True
     assert config["model"]["decoder"]["inputs"]["position_ids"] == "position_ids"
     assert (artifact.folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("individual", [True, False])
+def test_digits_spelled_out_for_genai_split_as_before(individual: bool) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    named = Sequence([Digits(individual_digits=individual), ByteLevel(add_prefix_space=False)])
+    steps = json.loads(named.__getstate__())["pretokenizers"]
+    spelled = json.dumps({"type": "Sequence", "pretokenizers": [n for s in steps for n in genai.spelled_out(s)]})
+    rewritten = Sequence([])
+    rewritten.__setstate__(spelled.encode())
+    for text in (*TEXTS, "a ½ b ² Ⅷ", " ٣ १२ 一二"):
+        assert rewritten.pre_tokenize_str(text) == named.pre_tokenize_str(text), text
