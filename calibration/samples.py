@@ -46,11 +46,11 @@ class SampleOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: str = "self"
-    count: int = Field(48, ge=1)
-    length: int = Field(512, ge=2)  # tokens
+    count: int = Field(default=48, ge=1)
+    length: int = Field(default=512, ge=2)  # tokens
     seed: int = 0
-    temperature: float = Field(1.0, gt=0)  # of self-generated samples
-    top_k: int = Field(0, ge=0)  # likewise; 0 draws from the whole vocabulary
+    temperature: float = Field(default=1.0, gt=0)  # of self-generated samples
+    top_k: int = Field(default=0, ge=0)  # likewise; 0 draws from the whole vocabulary
     split: str = "train"  # of a dataset
     field: str = "text"  # of a dataset or JSONL file
 
