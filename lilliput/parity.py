@@ -19,7 +19,7 @@ Encode = Callable[[str], list[int]]
 SPECIAL_TOKENS_TRIED = 64  # of vocabularies with hundreds of reserved ones
 
 
-def encoder(folder: Path, *, allow_remote_code: bool = False) -> tuple[Encode, tuple[str, ...]]:
+def encoder(folder: Path, *, allow_remote_code: bool = False, use_fast: bool = True) -> tuple[Encode, tuple[str, ...]]:
     """How transformers' AutoTokenizer encodes with the files in `folder`, and its added tokens.
 
     Raises SourceError where the files do not open.
@@ -27,7 +27,7 @@ def encoder(folder: Path, *, allow_remote_code: bool = False) -> tuple[Encode, t
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=allow_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=allow_remote_code, use_fast=use_fast)
     except Exception as error:  # transformers raises whatever its readers raise
         raise SourceError(f"{folder}: the tokenizer does not open ({_first_line(error)})") from error
     return lambda text: list(tokenizer(text, verbose=False)["input_ids"]), tuple(
@@ -52,14 +52,18 @@ def check(name: str, ours: Encode, theirs: Encode, special_tokens: tuple[str, ..
         if mine != wanted:
             raise SourceError(
                 f"{name}: the tokenizer differs from the source's own on {text!r}: {mine}, wanted {wanted}: "
-                "a model would read other tokens than it was trained on, so this source cannot be used"
+                "the model would read other tokens than it was trained on. Use its folder with tokenizer.json"
             )
     return len(tried)
 
 
 def against_folder(original: Path, copied: Path, *, allow_remote_code: bool = False) -> str:
-    """Prove `copied` against the tokenizer of the Hugging Face folder `original`; the sentence for the report."""
-    theirs, special = encoder(original, allow_remote_code=allow_remote_code)
+    """Prove `copied` against the tokenizer of the Hugging Face folder `original`; the sentence for the report.
+
+    Where the folder has no tokenizer.json, its own tokenizer is the one that reads vocab.json or tokenizer.model.
+    """
+    use_fast = (original / "tokenizer.json").is_file()
+    theirs, special = encoder(original, allow_remote_code=allow_remote_code, use_fast=use_fast)
     ours, _ = encoder(copied)
     return f"proven against the source's own tokenizer on {check(original.name, ours, theirs, special)} texts"
 

@@ -74,10 +74,13 @@ def resolve(source: str, *, allow_pickle: bool = False) -> Path:
 
 def open_original(path: Path, *, allow_pickle: bool = False, allow_remote_code: bool = False) -> Original:
     """Open a folder or file without reading its weights."""
-    if path.is_dir():
-        return open_folder(path, allow_pickle=allow_pickle, allow_remote_code=allow_remote_code)
-    if path.suffix.lower() == ".gguf":
-        return open_gguf(path)
+    try:
+        if path.is_dir():
+            return open_folder(path, allow_pickle=allow_pickle, allow_remote_code=allow_remote_code)
+        if path.suffix.lower() == ".gguf":
+            return open_gguf(path)
+    except OSError as error:
+        raise SourceError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
     raise SourceError(f"source {str(path)!r}: a file of type {path.suffix or '(none)'!r} is no model, wanted {FORMS}")
 
 

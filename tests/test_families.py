@@ -148,3 +148,24 @@ def test_half_split_undoes_the_permutation_of_ggml() -> None:
     assert not np.array_equal(permute(rows, 4), rows)
     assert np.array_equal(llama.half_split(permute(rows, 4), 16), rows)
     assert np.array_equal(llama.half_split(permute(rows[:, 0], 4), 16), rows[:, 0])
+
+
+@pytest.mark.parametrize("value", ["64", 0, -1, True, [1, 2]])
+def test_a_size_that_is_no_positive_number_is_refused(value: object) -> None:
+    with pytest.raises(SourceError, match=r"config\.json: hidden_size is .*, wanted a positive number"):
+        llama.config({**HF_LLAMA, "hidden_size": value})
+
+
+@pytest.mark.parametrize("kv_heads", [3, 8, [2, 2]])
+def test_key_value_heads_that_do_not_divide_are_refused(kv_heads: object) -> None:
+    with pytest.raises(SourceError, match=r"4 attention heads over .* key-value heads, wanted a divisor"):
+        llama.config({**HF_LLAMA, "num_key_value_heads": kv_heads})
+    with pytest.raises(SourceError, match=r"4 attention heads over .* key-value heads, wanted a divisor"):
+        llama.gguf_config({**GGUF_LLAMA, "attention.head_count_kv": kv_heads}, {})
+
+
+def test_heads_that_do_not_fit_the_width_are_refused() -> None:
+    with pytest.raises(SourceError, match="head_dim 15 cannot be rotated in halves"):
+        llama.config({**HF_LLAMA, "head_dim": 15})
+    with pytest.raises(SourceError, match="width 64 does not divide into 5 heads"):
+        gpt2.config({**HF_GPT2, "n_head": 5})

@@ -149,6 +149,57 @@ def test_a_tokenizer_without_a_named_class_opens_on_its_own(folder: Path, tmp_pa
     assert json.loads((model.tokenizer / "tokenizer_config.json").read_text())["tokenizer_class"]
 
 
+def test_a_folder_with_vocab_and_merges_only_gets_a_fast_tokenizer(tmp_path: Path) -> None:
+    made = tiny_models.tiny_gpt2(tmp_path / "hf")
+    bpe = json.loads((made / "tokenizer.json").read_text())["model"]
+    (made / "tokenizer.json").unlink()
+    (made / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    (made / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in bpe["merges"]))
+    edit(made / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token=tiny_models.EOS)
+    model = source.load(str(made), tmp_path / "stage", proof=False)
+    assert model.tokenizer_parity.startswith("proven against the source's own tokenizer")
+    assert (model.tokenizer / "tokenizer.json").is_file()
+
+
+@pytest.fixture
+def sentencepiece_folder(tmp_path: Path) -> Path:
+    """A Llama whose tokenizer is tokenizer.model only."""
+    made = tiny_models.tiny_llama(tmp_path / "hf", vocab_size=1200)
+    no_tokenizer(made)
+    (made / "tokenizer.model").write_bytes(tiny_models.sentencepiece_model())
+    return made
+
+
+def test_a_sentencepiece_model_gets_a_fast_tokenizer(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = source.load(str(sentencepiece_folder), tmp_path / "stage", proof=False)
+    assert model.tokenizer_parity.startswith("proven against the source's own tokenizer")
+
+
+def test_a_conversion_that_changes_tokens_is_refused(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    """transformers' fast form of a non-legacy LlamaTokenizer drops a leading space: parity sees it."""
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SourceError, match="differs from the source's own on ' leading space'"):
+        source.load(str(sentencepiece_folder), tmp_path / "stage", proof=False)
+
+
+def test_remote_code_is_allowed_when_asked_for(folder: Path) -> None:
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.X"})
+    assert source.open_original(folder, allow_remote_code=True).config.hidden_size == 64
+
+
+def test_a_file_that_cannot_be_read_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(source, "open_gguf", denied)
+    with pytest.raises(SourceError, match=r"model\.gguf: cannot be read \(Permission denied\)"):
+        source.load(str(tmp_path / "model.gguf"), tmp_path / "stage")
+
+
 def test_masks_of_old_checkpoints_are_no_parameters(tmp_path: Path) -> None:
     made = tiny_models.tiny_gpt2(tmp_path / "hf")
     rewrite(made, transformer__h__0__attn__bias=np.zeros((1, 1, 8, 8), np.float32))

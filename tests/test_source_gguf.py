@@ -113,6 +113,17 @@ def test_a_gpt2_loads_and_is_proven(kind: Type, tmp_path: Path) -> None:
         assert relative_rms(model.weights[name], reference.weights[name]) <= (FLOAT_TYPES | INTEGER_TYPES)[kind]
 
 
+def test_rows_left_in_the_order_of_ggml_are_not_proven(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof must be able to fail where GGUF files differ from folders."""
+    from lilliput.families import llama
+
+    monkeypatch.setattr(llama, "half_split", lambda rows, head_dim: rows)
+    with pytest.raises(SourceError, match="the decoder's logits differ from transformers'"):
+        source.load(str(tiny_gguf.write_llama(tmp_path / "tiny.gguf", llama_folder)), tmp_path / "stage")
+
+
 def test_name_license_and_hash_are_the_files(llama_folder: Path, tmp_path: Path) -> None:
     import hashlib
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import gguf
 import pytest
 from tiny_gguf import byte_level_vocabulary, write_vocabulary
+from tiny_models import sentencepiece_model
 
 from lilliput import parity, tokenizer
 from lilliput.errors import SourceError
@@ -85,19 +85,6 @@ def test_bos_and_eos_are_added_where_the_file_says(byte_level_json: Path, tmp_pa
     assert parity.against_llama_cpp(path, tmp_path / "tokenizer").startswith("proven against llama.cpp")
 
 
-def train_sentencepiece(**options: object) -> bytes:
-    """A SentencePiece BPE model with byte fallback, trained on the fixed texts."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXTS for line in text.splitlines() if line.strip()] * 2),
-        model_writer=model, model_type="bpe", vocab_size=1200, byte_fallback=True, character_coverage=0.98,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **options,
-    )  # fmt: skip
-    return model.getvalue()
-
-
 def sentencepiece_vocabulary(model: bytes, writer: gguf.GGUFWriter, add_space_prefix: bool = True) -> None:
     """A SentencePiece model as llama.cpp's converter writes it; user-defined pieces keep their spaces raw."""
     import sentencepiece
@@ -128,7 +115,7 @@ def sentencepiece_vocabulary(model: bytes, writer: gguf.GGUFWriter, add_space_pr
 
 @pytest.mark.parametrize("add_space_prefix", [True, False])
 def test_sentencepiece_vocabulary_tokenizes_as_llama_cpp(add_space_prefix: bool, tmp_path: Path) -> None:
-    model = train_sentencepiece(user_defined_symbols=["▁" * n for n in (4, 8, 16)])
+    model = sentencepiece_model(user_defined_symbols=["▁" * n for n in (4, 8, 16)])
     path = write_vocabulary(tmp_path / "v.gguf", lambda w: sentencepiece_vocabulary(model, w, add_space_prefix))
     vocabulary = rebuilt(path, tmp_path / "tokenizer")
     assert vocabulary.types.count(USER) == 3
@@ -138,7 +125,7 @@ def test_sentencepiece_vocabulary_tokenizes_as_llama_cpp(add_space_prefix: bool,
 def test_sentencepiece_vocabulary_tokenizes_and_decodes_as_sentencepiece(tmp_path: Path) -> None:
     import sentencepiece
 
-    model = train_sentencepiece()
+    model = sentencepiece_model()
     path = write_vocabulary(tmp_path / "v.gguf", lambda w: sentencepiece_vocabulary(model, w))
     built = tokenizer.build(rebuilt(path, tmp_path / "tokenizer"))
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)

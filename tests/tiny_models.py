@@ -6,6 +6,7 @@ tokenizer is a byte-level BPE of 320 tokens, trained on TEXT. All is seeded: the
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from lilliput import families
 from lilliput.grid import Float, GridSpec, QuantizedTensor, grid, round_scale
 from lilliput.model import QuantizedModel, SourceModel, role_of
+from lilliput.parity_texts import TEXTS
 
 VOCAB_SIZE = 320
 TEXT = (
@@ -127,3 +129,16 @@ def quantize(source: SourceModel, linear: str = "int4-b32", table: str = "int8-c
 def tiny_quantized_model(tmp_path: Path, kind: str = "llama", **overrides: Any) -> QuantizedModel:
     """A tiny random model on the common grids (int4-b32 linears, int8-channel embedding)."""
     return quantize(tiny_source(tmp_path, kind, **overrides))
+
+
+def sentencepiece_model(**options: object) -> bytes:
+    """A SentencePiece BPE model with byte fallback, of 1200 pieces, trained on the texts of parity_texts."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in TEXTS for line in text.splitlines() if line.strip()] * 2),
+        model_writer=model, model_type="bpe", vocab_size=1200, byte_fallback=True, character_coverage=0.98,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **options,
+    )  # fmt: skip
+    return model.getvalue()

@@ -80,10 +80,30 @@ def gguf_family_of(architecture: str) -> Family:
 
 
 def require(fields: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
-    """Raise SourceError naming the keys that `fields` (config.json, GGUF metadata: `where`) lacks or holds as null."""
-    absent = [key for key in keys if fields.get(key) is None]
+    """Raise SourceError naming the keys that `fields` (config.json, GGUF metadata: `where`) lacks, or that hold no
+    positive number."""
+    wanted = tuple(keys)
+    absent = [key for key in wanted if fields.get(key) is None]
     if absent:
         raise SourceError(f"{where} has no {', '.join(map(repr, absent))}: the file is incomplete, get it anew")
+    for key in wanted:
+        value = fields[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise SourceError(
+                f"{where}: {key} is {value!r}, wanted a positive number: the file is damaged, or not ours"
+            )
+
+
+def checked(config: DecoderConfig, where: str) -> DecoderConfig:
+    """The configuration, or SourceError where its sizes do not fit one another."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    if not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads:
+        raise SourceError(f"{where}: {heads} attention heads over {kv_heads!r} key-value heads, wanted a divisor")
+    if config.head_dim < 1 or (config.positions == "rope" and config.head_dim % 2):
+        raise SourceError(f"{where}: head_dim {config.head_dim} cannot be rotated in halves, wanted an even number")
+    if config.positions == "learned" and config.hidden_size % heads:
+        raise SourceError(f"{where}: width {config.hidden_size} does not divide into {heads} heads")
+    return config
 
 
 def refuse(fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], where: str) -> None:

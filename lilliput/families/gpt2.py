@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lilliput.families import Read, Shapes, refuse, require
+from lilliput.families import Read, Shapes, checked, refuse, require
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
@@ -47,21 +47,23 @@ GGUF_REQUIRED = (
 def config(hf: Mapping[str, Any]) -> DecoderConfig:
     require(hf, REQUIRED, "config.json")
     refuse(hf, NEUTRAL, "config.json")
-    return _config(
+    config = _config(
         vocab_size=hf["vocab_size"], hidden=hf["n_embd"], intermediate=hf.get("n_inner") or 4 * hf["n_embd"],
         layers=hf["n_layer"], heads=hf["n_head"], positions=hf["n_positions"],
         eps=hf.get("layer_norm_epsilon", 1e-5), tied=hf.get("tie_word_embeddings", True),
     )  # fmt: skip
+    return checked(config, "config.json")
 
 
 def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
     require(fields, GGUF_REQUIRED, "GGUF metadata")
-    return _config(
+    config = _config(
         vocab_size=shapes.get("token_embd.weight", (fields.get("vocab_size", 0), 0))[0],
         hidden=fields["embedding_length"], intermediate=fields["feed_forward_length"], layers=fields["block_count"],
         heads=fields["attention.head_count"], positions=fields["context_length"],
         eps=float(fields["attention.layer_norm_epsilon"]), tied="output.weight" not in shapes,
     )  # fmt: skip
+    return checked(config, "GGUF metadata")
 
 
 def _config(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lilliput.errors import SourceError
-from lilliput.families import Read, Shapes, refuse, require
+from lilliput.families import Read, Shapes, checked, refuse, require
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
@@ -70,7 +70,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
     refuse(hf, {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,)}, "config.json")
     heads = hf["num_attention_heads"]
     _check_window(hf)
-    return DecoderConfig(
+    config = DecoderConfig(
         family="llama",
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -90,6 +90,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         tied_embeddings=bool(hf.get("tie_word_embeddings")),
         rope_theta=_rope_theta(hf),
     )
+    return checked(config, "config.json")
 
 
 def _check_window(hf: Mapping[str, Any]) -> None:
@@ -153,7 +154,7 @@ def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
             f"GGUF metadata: attention.sliding_window {window} is smaller than context_length {positions}, "
             "and sliding windows are not supported"
         )
-    return DecoderConfig(
+    config = DecoderConfig(
         family="llama",
         vocab_size=shapes.get("token_embd.weight", (fields.get("vocab_size", 0), 0))[0],
         hidden_size=hidden,
@@ -173,6 +174,7 @@ def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
         tied_embeddings="output.weight" not in shapes,
         rope_theta=float(fields.get("rope.freq_base", 10000.0)),
     )
+    return checked(config, "GGUF metadata")
 
 
 def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+MODEL_CARD = "README.md"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
@@ -54,6 +55,7 @@ class HfFolder:
     config: DecoderConfig
     family: Family
     shards: tuple[Shard, ...]
+    index: Path | None  # where the weights are in shards
     allow_remote_code: bool
     settings: str = "config.json"
 
@@ -63,13 +65,14 @@ class HfFolder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        index = [p for p in self.path.glob("*.index.json") if len(self.shards) > 1 or p.name.startswith(SAFETENSORS)]
-        others = [self.path / name for name in ("config.json", *TOKENIZER_FILES) if (self.path / name).is_file()]
-        return (*(shard.path for shard in self.shards), *sorted(index), *others)
+        index = [self.index] if self.index else []
+        names = ("config.json", MODEL_CARD, *TOKENIZER_FILES)
+        others = [self.path / name for name in names if (self.path / name).is_file()]
+        return (*(shard.path for shard in self.shards), *index, *others)
 
     @property
     def license(self) -> str | None:
-        return license_of(self.path / "README.md")
+        return license_of(self.path / MODEL_CARD)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -108,7 +111,9 @@ def open_folder(path: Path, *, allow_pickle: bool = False, allow_remote_code: bo
             f"{path}: no tokenizer, wanted {' or '.join(VOCABULARY_FILES)}: save the model's tokenizer beside it"
         )
     _, family = family_of(hf)
-    return HfFolder(path, hf, family.config(hf), family, _open_shards(path, allow_pickle), allow_remote_code)
+    config = family.config(hf)
+    shards, index = _open_shards(path, allow_pickle)
+    return HfFolder(path, hf, config, family, shards, index, allow_remote_code)
 
 
 def _read_config(path: Path, allow_remote_code: bool) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_shards(path: Path, allow_pickle: bool) -> tuple[Shard, ...]:
+def _open_shards(path: Path, allow_pickle: bool) -> tuple[tuple[Shard, ...], Path | None]:
     for single, opener in ((SAFETENSORS, _open_safetensors), (PICKLE, _open_pickle)):
         index = path / f"{single}.index.json"
         if not index.is_file() and not (path / single).is_file():
@@ -148,7 +153,7 @@ def _open_shards(path: Path, allow_pickle: bool) -> tuple[Shard, ...]:
                 f"{path}: its weights are pickled ({PICKLE}), and pickles can run code: use safetensors, "
                 "or allow it explicitly (allow_pickle) if you trust where they are from"
             )
-        return _open_indexed(index, opener) if index.is_file() else (opener(path / single),)
+        return (_open_indexed(index, opener), index) if index.is_file() else ((opener(path / single),), None)
     raise SourceError(f"{path}: no weights, wanted {SAFETENSORS} or {SAFETENSORS}.index.json: check the download")
 
 
