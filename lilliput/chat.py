@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from lilliput import manifest, registry
+from lilliput import lm_bundle, manifest, registry
 from lilliput.errors import ArtifactError, InputError
 from lilliput.grid import Float
 
@@ -177,17 +177,23 @@ def _cores() -> int:
 
 @contextmanager
 def tokenizer_folder(folder: Path, model_file: Path) -> Iterator[Path]:
-    """A folder with the artifact's tokenizer: its own, or one rebuilt from the metadata of a GGUF file."""
+    """A folder with the artifact's tokenizer: its own, or one rebuilt from a GGUF file's metadata or a bundle."""
     for place in (folder, folder / "tokenizer"):
         if (place / "tokenizer.json").is_file():
             yield place
             return
-    if model_file.suffix != ".gguf":
-        raise ArtifactError(f"{folder}: no tokenizer.json beside {model_file.name}, so text has no tokens: run again")
-    from lilliput.sources.gguf_file import open_gguf
-
+    bundle = next(iter(sorted(folder.glob("*.litertlm"))), None)
     with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
-        open_gguf(model_file).save_tokenizer(Path(scratch))
+        if model_file.suffix == ".gguf":
+            from lilliput.sources.gguf_file import open_gguf
+
+            open_gguf(model_file).save_tokenizer(Path(scratch))
+        elif bundle is not None:
+            lm_bundle.save_tokenizer(bundle, Path(scratch))
+        else:
+            raise ArtifactError(
+                f"{folder}: no tokenizer.json beside {model_file.name}, so text has no tokens: run again"
+            )
         yield Path(scratch)
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lilliput import cli, terminal
-from lilliput.chat import Conversation, Sampler, open_chat, stop_tokens, tokenizer_folder
+from lilliput.chat import Conversation, Sampler, load_tokenizer, open_chat, stop_tokens, tokenizer_folder
 from lilliput.errors import ArtifactError, InputError
 from lilliput.grid import Float
 from lilliput.model import QuantizedModel
@@ -228,3 +228,29 @@ def test_command_answers_a_prompt_and_every_line_of_its_input(
 def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.talk(conversation(Scripted(ids("a\x1b[31m\tb\n")), template=None), "x")
     assert capsys.readouterr().out == "a[31m\tb\n\n"
+
+
+def test_tokenizer_of_a_bundle_is_the_models_own(tmp_path: Path) -> None:
+    from exporters.litert_int8 import bundle
+
+    model = tiny_quantized_model(tmp_path)
+    (tmp_path / "model.tflite").write_bytes(b"\0" * 64)
+    bundle.write(model, tmp_path / "model.tflite", 128, tmp_path / "model.litertlm")
+    ours = AutoTokenizer.from_pretrained(model.tokenizer)
+    with tokenizer_folder(tmp_path, tmp_path / "model.tflite") as home:
+        found = load_tokenizer(home)
+        stops = stop_tokens(home, found.eos_token_id)
+    message = [{"role": "user", "content": "The quick brown fox"}]
+    assert found.apply_chat_template(message, add_generation_prompt=True) == ours.apply_chat_template(
+        message, add_generation_prompt=True
+    )
+    assert ours.eos_token_id in stops
+
+
+def test_a_bundle_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.litertlm").write_bytes(b"LITERTLM" + b"\0" * 100)
+    with (
+        pytest.raises(ArtifactError, match=r"model\.litertlm: holds no tokenizer\.json that can be read"),
+        tokenizer_folder(tmp_path, tmp_path / "model.tflite"),
+    ):
+        pass

@@ -5,19 +5,19 @@ constant tensor that its blockwise details name; their bytes are counted with it
 operators that read a tensor: a table that EMBEDDING_LOOKUP or GATHER reads is the embedding, and the head too
 where FULLY_CONNECTED reads it as well; else the head is the FULLY_CONNECTED table of the embedding's shape.
 
-A bundle (magic LITERTLM) begins with a header that lists its sections; the model is the TFLiteModel section.
+A bundle (lilliput.lm_bundle) holds the model in its TFLiteModel section.
 """
 
 from __future__ import annotations
 
 import mmap
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from lilliput import lm_bundle
 from lilliput.errors import ArtifactError, MissingPackageError
 from lilliput.inspection.found import Contents, TensorFound, shortened
 from lilliput.model import Role
@@ -27,11 +27,8 @@ try:
 except ModuleNotFoundError as missing:
     raise MissingPackageError("ai-edge-litert", "litert", "reading a .tflite file") from missing
 
-# what flatbuffers raises where offsets lead out of the file, or to nothing
-DAMAGES = (struct.error, IndexError, KeyError, ValueError, TypeError, AttributeError)
-MAGIC, BUNDLE_MAGIC = b"TFL3", b"LITERTLM"
-HEADER_BEGIN, HEADER_END_AT = 32, 24  # of a bundle: litert_lm_builder.litertlm_core
-TFLITE_SECTION = "TFLiteModel"
+MAGIC = b"TFL3"  # the file identifier, at byte 4
+SHORTEST_BYTES = 32
 TYPE_NAMES = {value: name for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
 TYPE_BITS = {
     "INT2": 2,
@@ -64,34 +61,26 @@ class Constant:
 
 def read(file: Path) -> Contents:
     """Raises ArtifactError where the file is neither, or is damaged."""
-    if file.stat().st_size < HEADER_BEGIN:
+    if file.stat().st_size < SHORTEST_BYTES:
         raise ArtifactError(f"{file}: {file.stat().st_size} bytes are no model: write it again")
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            if data[:8] == BUNDLE_MAGIC:
+            if data[:8] == lm_bundle.MAGIC:
                 return _bundle(file, data)
             if data[4:8] != MAGIC:
-                raise ArtifactError(f"{file}: begins with neither {MAGIC!r} nor {BUNDLE_MAGIC!r}: not a TFLite file")
+                raise ArtifactError(f"{file}: begins with neither {MAGIC!r} nor {lm_bundle.MAGIC!r}: not a TFLite file")
             return _model(bytes(data), "TFLite")
-        except DAMAGES as error:
+        except lm_bundle.DAMAGES as error:
             raise ArtifactError(f"{file}: is damaged ({type(error).__name__} in its tables): write it again") from error
 
 
 def _bundle(file: Path, data: mmap.mmap) -> Contents:
-    try:
-        from litert_lm_builder import litertlm_header_schema_py_generated as bundle
-    except ModuleNotFoundError as missing:
-        raise MissingPackageError("litert-lm-builder", "litert", "reading a .litertlm bundle") from missing
-    end = int.from_bytes(data[HEADER_END_AT : HEADER_END_AT + 8], "little")
-    sections = bundle.LiteRTLMMetaData.GetRootAs(data[HEADER_BEGIN:end], 0).SectionMetadata()
-    kinds = {value: name for name, value in vars(bundle.AnySectionDataType).items() if isinstance(value, int)}
-    objects = [sections.Objects(i) for i in range(sections.ObjectsLength())]
-    listed = [(kinds[o.DataType()], int(o.BeginOffset()), int(o.EndOffset())) for o in objects]
-    models = [(begin, stop) for kind, begin, stop in listed if kind == TFLITE_SECTION]
-    if not models or listed[-1][2] > len(data):
-        raise ArtifactError(f"{file}: holds no whole {TFLITE_SECTION} section: write it again")
-    inner = _model(data[models[0][0] : models[0][1]], "LiteRT-LM bundle")
-    names = ", ".join(f"{kind} ({stop - begin:,} bytes)" for kind, begin, stop in listed)
+    listed = lm_bundle.sections(data[:])
+    models = [section for section in listed if section.kind == lm_bundle.MODEL]
+    if not models or listed[-1].end > len(data):
+        raise ArtifactError(f"{file}: holds no whole {lm_bundle.MODEL} section: write it again")
+    inner = _model(data[models[0].begin : models[0].end], "LiteRT-LM bundle")
+    names = ", ".join(f"{section.kind} ({section.end - section.begin:,} bytes)" for section in listed)
     return replace(inner, metadata={"sections": names, **inner.metadata})
 
 
