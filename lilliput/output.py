@@ -38,8 +38,12 @@ def check(out: Path) -> None:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Make the folder ours, and hold it while the run writes. Raises OutputError where another run does."""
+    """Make the folder ours, and hold it while the run writes. Raises OutputError where another run does.
+
+    A run that fails before it wrote anything leaves the folder as it found it.
+    """
     check(out)
+    made = not out.exists()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         marker = (out / MARKER).open("a+")
@@ -48,8 +52,15 @@ def claimed(out: Path) -> Iterator[None]:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(f"--out {out}: another lilliput run is writing here: wait, or choose another") from error
-        if marker.seek(0, os.SEEK_END) == 0:
+        new = marker.seek(0, os.SEEK_END) == 0
+        try:
             with disk_errors(out):
-                marker.write(TEXT)
+                marker.write(TEXT if new else "")
                 marker.flush()
-        yield
+            yield
+        except BaseException:
+            if new and [path.name for path in out.iterdir()] == [MARKER]:
+                (out / MARKER).unlink()
+                if made:
+                    out.rmdir()
+            raise

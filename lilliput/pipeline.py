@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from lilliput import facts, manifest, output, registry, report
@@ -44,6 +45,7 @@ def run(plan: Plan, watcher: Watcher | None = None) -> Run:
             for stages, result in zip(graph.targets, made.targets, strict=True):
                 _publish(plan, graph, stages, result, made, work)
             report.write(made, plan.out)
+        work.store.expire()
     return Run(plan, made)
 
 
@@ -64,6 +66,7 @@ class Work:
             if found is None:
                 self._do(stage, replace=self._fresh)
             else:
+                self.store.use(stage.kind, stage.key)
                 self._folders[stage.key] = found
                 self._note(stage.name, cached=True, seconds=0.0)
         return self._folders[stage.key]
@@ -78,6 +81,7 @@ class Work:
         return self._folders[stage.key]
 
     def _do(self, stage: Stage, *, replace: bool) -> None:
+        _use_cores()
         for needed in stage.inputs:
             self.verified(needed)
         planned = PlannedStage(stage.kind, stage.subject, stage.key, cached=False, seconds=0.0)
@@ -99,6 +103,16 @@ class Work:
         noted = StageTime(name=name, seconds=seconds, cached=cached)
         self.times = [*(t for t in self.times if t.name != name), noted]
         self._watcher.finished(noted)
+
+
+@cache
+def _use_cores() -> None:
+    """torch on the cores that this process may use: it does not see a container's quota."""
+    import torch
+
+    from targets.machine import usable_cores
+
+    torch.set_num_threads(usable_cores())
 
 
 def _report(plan: Plan, graph: Graph, work: Work) -> Report:

@@ -19,6 +19,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from lilliput.artifact import sha256
 from lilliput.errors import LilliputError, MissingError, OutputError
 
 ENTRY = "entry.json"
+KEEP_DAYS = 30
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -136,6 +138,22 @@ class Store:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def use(self, stage: str, key: str) -> None:
+        """Note that an entry is in use today: `expire` keeps it."""
+        with suppress(OSError):
+            os.utime(self.folder(stage, key) / ENTRY)
+
+    def expire(self, days: float = KEEP_DAYS) -> None:
+        """Remove entries that no run has used for `days`: those of older code, models and recipes."""
+        oldest = time.time() - days * 86400
+        for listing in self.root.glob(f"*/*/{ENTRY}"):
+            key = listing.parent.name
+            with suppress(OSError), (self.root / "locks" / key).open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if listing.stat().st_mtime < oldest:
+                    listing.unlink()  # no entry any more, whatever is still there
+                    shutil.rmtree(listing.parent, ignore_errors=True)
 
     def clean(self) -> None:
         """Remove what killed runs left: writing folders whose key nobody holds."""

@@ -15,7 +15,7 @@ import tiny_recipe
 
 from lilliput import manifest, report
 
-TARGETS = ("onnx", "gguf")
+TARGETS = ("onnx", "litert", "gguf")
 COMMON = [
     "source", "evaluation", "samples", "trace", "reference", "statistics",
     "quantize:int4-b32+int8-channel", "dequantized:int4-b32+int8-channel",
@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     from tiny_models import tiny_llama
 
     folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = tiny_recipe.write(folder, tiny_llama(folder / "llama"), TARGETS)
+    recipe = tiny_recipe.write(folder, tiny_llama(folder / "llama"))
     job = {"recipe": str(recipe), "out": str(folder / "out"), "cache": str(folder / "cache")}
     events = drive(folder, [job])
     assert events.exit_code(0) in (0, 3), events.lines

@@ -198,3 +198,14 @@ def test_a_publication_that_fails_leaves_what_was_there(
     with pytest.raises(MissingError, match="the disk is full"):
         publish(folder, destination)
     assert [p.name for p in (tmp_path / "out").rglob("*")] == ["onnx", "old.bin"]
+
+
+def test_what_no_run_uses_expires(store: Store) -> None:
+    old, _ = store.build("trace", KEY, writes())
+    kept, _ = store.build("trace", "u" * 64, writes())
+    for folder in (old, kept):
+        os.utime(folder / ENTRY, (0, 0))
+    store.use("trace", "u" * 64)
+    store.expire()
+    assert not old.exists()
+    assert store.verify("trace", "u" * 64)
