@@ -219,10 +219,10 @@ def assign(rules: tuple[Rule, ...], config: DecoderConfig) -> dict[str, Rule]:
     names = [name for name in config.parameter_shapes() if role_of(name) != "vector"]
     parameters = parameter_count(config)
     live = [rule for rule in rules if rule.below_parameters is None or parameters < rule.below_parameters]
-    for rule in rules:
-        if not any(fnmatchcase(name, rule.match) for name in [*names, "head"]):
+    for pattern in (rule.match for rule in rules):
+        if not any(fnmatchcase(name, pattern) for name in [*names, "head"]):
             shown = ", ".join(names[:4])
-            raise RecipeError(f"quantize: rule {rule.match!r} matches no matrix: their names are like {shown}")
+            raise RecipeError(f"quantize: rule {pattern!r} matches no matrix: their names are like {shown}")
     assigned: dict[str, Rule] = {}
     for name in names:
         rule = next((r for r in live if fnmatchcase(name, r.match)), None)
