@@ -10,8 +10,8 @@ XNNPACK, which computes them, rounds block scales to bfloat16 when it packs: a b
 "bf16_f16". Per-channel scales are float32 there and keep all their bits.
 
 Sources: LiteRT's schema.fbs (BlockwiseQuantization), tflite/delegates/xnnpack (which blocks it takes: whole
-multiples of 32 that divide the row), tflite/kernels/
-embedding_lookup.cc (which reads the same layouts), and LiteRT's quantization specification (int8 weights in [-127, 127]).
+multiples of 32 that divide the row), tflite/kernels/embedding_lookup.cc (which reads the same layouts), and
+LiteRT's quantization specification (int8 weights in [-127, 127]).
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ tokens that belong there overwrite them. Where a padded chunk would run past the
 cache (the update would then slide back over valid slots), or is so short that single steps are cheaper, tokens
 are decoded one by one.
 
+XNNPACK packs each signature's weights anew, unless it has a weight cache: with one in memory, both
+signatures share the packed weights (SmolLM2-135M at int8: 274 instead of 475 MB at its peak).
+
 `exact` needs no flag: an artifact exported exact has float32 matrices, which XNNPACK computes in float32
 (its fp16 mode is off by default).
 """
@@ -30,6 +33,7 @@ from lilliput.errors import ArtifactError, InputError
 from lilliput.grid import Float
 
 MASKED = np.float32(-0.7 * np.finfo(np.float32).max)  # LiteRT-LM's own number: far below any score, and no infinity
+IN_MEMORY = ":memory"  # XNNPACK's name for a cache of packed weights that is no file
 CHUNK_COST_STEPS = 1 / 8  # a chunk of n costs about as much time as n / 8 decode steps
 
 
@@ -153,8 +157,9 @@ def compiled_model(artifact: Artifact, threads: int) -> Any:
 
     if not artifact.path.is_file():
         raise ArtifactError(f"{artifact.path}: no such file, wanted the .tflite of a litert_int8 artifact")
+    cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=IN_MEMORY)
     try:
-        return CompiledModel.from_file(str(artifact.path), options=Options(cpu_options=CpuOptions(num_threads=threads)))
+        return CompiledModel.from_file(str(artifact.path), options=Options(cpu_options=cpu))
     except Exception as error:  # the runtime's bindings raise bare RuntimeErrors
         raise ArtifactError(f"{artifact.path}: LiteRT does not open it ({error})") from error
 
