@@ -21,8 +21,8 @@ def _bars(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("left"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         console=console,
         transient=True,
     )
@@ -40,6 +40,7 @@ class StageDisplay:
         self._left = {stage.name: 0.0 if stage.cached else stage.seconds for stage in plan.stages}
         self._count = len(plan.stages)
         self._tasks: dict[str, TaskID] = {}
+        self._expected = self._taken = 0.0  # seconds of the stages that are done, by the plan and by the clock
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -67,11 +68,18 @@ class StageDisplay:
         if self._bars and stage.name in self._tasks:
             self._bars.remove_task(self._tasks.pop(stage.name))
         place = self._place(stage.name)
-        self._left.pop(stage.name, None)
+        expected = self._left.pop(stage.name, 0.0)
+        if expected and not stage.cached:
+            self._expected, self._taken = self._expected + expected, self._taken + stage.seconds
         what = "from the store" if stage.cached else figures.seconds(stage.seconds)
-        left = sum(self._left.values())
+        left = sum(self._left.values()) * self._pace
         tail = f", about {figures.seconds(left)} left" if left >= 1 and not stage.cached else ""
         self._console.print(f"{place} {stage.name}: {what}{tail}", markup=False, soft_wrap=True)
+
+    @property
+    def _pace(self) -> float:
+        """How much longer (or shorter) than planned the stages take on this machine."""
+        return self._taken / self._expected if self._expected else 1.0
 
     def _place(self, name: str) -> str:
         """[3/14]; a stage that is done once more has no place of its own."""

@@ -335,3 +335,15 @@ def test_progress_counts_a_stage_that_is_done_again(
         "[1/2] source: from the store",
         "[again] source: 2.0 s, about 1 min 15 s left",
     ]
+
+
+def test_remaining_time_follows_the_pace_of_this_machine(
+    capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path
+) -> None:
+    from lilliput.terminal_progress import StageDisplay
+
+    first = PlannedStage("source", "", "ab" * 32, cached=False, seconds=10.0)
+    plan = replace(a_plan(recipe, tmp_path), stages=(first, *a_plan(recipe, tmp_path).stages[1:]))
+    with StageDisplay(plan) as display:
+        display.finished(StageTime(name="source", seconds=20, cached=False))
+    assert capsys.readouterr().err == "[1/3] source: 20 s, about 2 min 30 s left\n"
