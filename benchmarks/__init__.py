@@ -1,0 +1,1 @@
+"""Comparisons with peers, one command each: `python -m benchmarks`, `python -m benchmarks.llama_quality`."""

@@ -1,0 +1,275 @@
+"""Speed of our files beside the peers' on the same runtimes, and each one's share of this machine's read bandwidth.
+
+    python -m benchmarks [--out out/bench] [--ours FOLDER] [--rounds N] [--threads N]
+
+Ours come from the recipes smollm2-135m-everywhere and smollm2-135m-litert-int8, by the pipeline (what is cached is
+not made again), or from folders that `lilliput run --out` wrote. Peers' files are made once (benchmarks/peers.py).
+
+One run measures everything, in rounds: in each round every file once, A B C … A B C …, each in a process of its own,
+and the read bandwidth between. A ratio is the median over rounds of the two figures of the same round, so that a
+machine that slows down slows both. A token needs every weight once, so
+
+    share = bytes of the file * decoded tokens per second / read bandwidth
+
+is how much of what memory can give a runtime takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import child, peers
+from benchmarks.subjects import Subject
+from lilliput.results import Record
+from targets import machine
+
+OURS_RECIPE, INT8_RECIPE = "smollm2-135m-everywhere", "smollm2-135m-litert-int8"
+PROMPT_TOKENS, CONTEXT = 128, 1024
+SLOW_STEPS = 8  # for a file that decodes 3 tokens a second
+ROUNDS = 4
+
+LLAMACPP, ORT, LITERT, LITERT_INT8 = "gguf (ours)", "onnx (ours)", "litert (ours)", "litert int8 (ours)"
+QUANTIZE, OPTIMUM, LITERT_TORCH = "llama-quantize Q4_0", "optimum float32", "litert-torch int8"
+
+
+class Limit(Record):
+    """Decode of `subject` is to be at least `least` times that of `peer`."""
+
+    subject: str
+    peer: str
+    least: float
+
+
+LIMITS = (
+    Limit(subject=LLAMACPP, peer=QUANTIZE, least=0.97),
+    Limit(subject=ORT, peer=QUANTIZE, least=0.9),
+    Limit(subject=LITERT_INT8, peer=QUANTIZE, least=0.6),
+    Limit(subject=LITERT_INT8, peer=LITERT_TORCH, least=3.0),
+    Limit(subject=LITERT, peer=LITERT_TORCH, least=3.0),
+)
+
+
+class Row(Record):
+    """Medians over the rounds; `decode_rounds` holds every round's decoded tokens per second."""
+
+    name: str
+    runtime: str
+    size_bytes: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    bandwidth_share: float
+    decode_rounds: tuple[float, ...]
+    prefill_rounds: tuple[float, ...]
+    unstable_rounds: int  # in which the host probe saw the machine disturbed
+
+
+class Ratio(Record):
+    """`value` is the median over rounds of decode of subject / decode of peer."""
+
+    limit: Limit
+    value: float
+    passed: bool
+
+
+class Comparison(Record):
+    """What is written to runtimes.json."""
+
+    cpu: str
+    threads: int
+    rounds: int
+    prompt_tokens: int
+    bandwidth_gb_s: float
+    bandwidth_rounds: tuple[float, ...]
+    rows: tuple[Row, ...]
+    ratios: tuple[Ratio, ...]
+    versions: dict[str, str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0 where every ratio passes, else 1."""
+    options = _parser().parse_args(arguments)
+    out: Path = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    subjects = [*_ours(out, options.ours), *_theirs(out / "peers")]
+    comparison = compare(subjects, _tokens(out / "peers"), options.threads, options.rounds)
+    (out / "runtimes.json").write_text(comparison.model_dump_json(indent=2) + "\n")
+    text = markdown(comparison)
+    (out / "runtimes.md").write_text(text)
+    print(text)
+    return 0 if all(ratio.passed for ratio in comparison.ratios) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--ours", type=Path, action="append", help="a folder of `lilliput run --out`, in place of running the recipes"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--threads", type=int, default=machine.usable_cores())
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _ours(out: Path, folders: list[Path] | None) -> list[Subject]:
+    """Our files: of the folders given, or of runs of both recipes."""
+    if folders is None:
+        folders = [_run(recipe, out / recipe) for recipe in (OURS_RECIPE, INT8_RECIPE)]
+    manifests = [path for folder in folders for path in sorted(folder.resolve().glob("*/manifest.json"))]
+    return [_subject(path.parent) for path in manifests]
+
+
+def _run(recipe: str, out: Path) -> Path:
+    """Run a recipe; a gate that fails is the run's own affair, not the benchmark's."""
+    from lilliput import pipeline
+    from lilliput import recipe as recipes
+
+    _say(f"running {recipe} into {out} (what is cached is not made again)")
+    pipeline.run(pipeline.plan(recipes.load(recipe), out))
+    return out
+
+
+def _subject(folder: Path) -> Subject:
+    """An artifact folder with its manifest. A model whose matrices are all 8-bit is named so."""
+    from lilliput import manifest
+
+    found = manifest.read(folder)
+    target = found.recipe.targets[0]
+    names = {"gguf_llamacpp": LLAMACPP, "onnx_int4": ORT, "litert_int8": LITERT}
+    name = names[found.artifact.exporter]
+    if {rule.grid for rule in found.recipe.quantize} == {"int8-channel"} and name == LITERT:
+        name = LITERT_INT8
+    return Subject(
+        name=name, maker="ours", driver=target.runtime.name, path=folder / found.artifact.main_file,
+        context=found.artifact.context, prefill=found.artifact.prefill,
+    )  # fmt: skip
+
+
+def _theirs(folder: Path) -> list[Subject]:
+    """The peers' files, made where they are not there."""
+    quantized, optimum, litert = (
+        peers.ensure(name, folder, _say) for name in ("llama_quantize", "optimum_fp32", "litert_torch")
+    )
+    from benchmarks.peer_litert import PREFILL
+
+    return [
+        Subject(name=QUANTIZE, maker="peer", driver="llamacpp_cpu", path=quantized / "model.gguf", context=CONTEXT),
+        Subject(name=OPTIMUM, maker="peer", driver="optimum_onnx", path=optimum / "model.onnx", context=CONTEXT),
+        Subject(
+            name=LITERT_TORCH, maker="peer", driver="litert_cpu", path=litert / "model.tflite", context=CONTEXT,
+            prefill=PREFILL, decode_steps=SLOW_STEPS,
+        ),
+    ]  # fmt: skip
+
+
+def _tokens(folder: Path) -> tuple[int, ...]:
+    """The tokens that every file is given: the start of the evaluation text."""
+    from tokenizers import Tokenizer
+
+    from lilliput.texts import evaluation_text
+
+    tokenizer = Tokenizer.from_file(str(peers.open_source(folder).tokenizer / "tokenizer.json"))
+    return tuple(tokenizer.encode(evaluation_text(), add_special_tokens=False).ids[: 2 * PROMPT_TOKENS])
+
+
+def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, rounds: int) -> Comparison:
+    """Measure all subjects, round by round."""
+    measured: dict[str, list[child.Reply]] = {subject.name: [] for subject in subjects}
+    bandwidths: list[float] = []
+    for number in range(rounds):
+        bandwidths.append(_measure(None, tokens, threads).bandwidth_gb_s or 0.0)
+        for subject in subjects:
+            _say(f"round {number + 1} of {rounds}: {subject.name}")
+            measured[subject.name].append(_measure(subject, tokens, threads))
+    bandwidth = max(bandwidths)
+    rows = tuple(_row(subject, measured[subject.name], bandwidth) for subject in subjects)
+    return Comparison(
+        cpu=machine.describe("host").cpu,
+        threads=threads,
+        rounds=rounds,
+        prompt_tokens=PROMPT_TOKENS,
+        bandwidth_gb_s=bandwidth,
+        bandwidth_rounds=tuple(bandwidths),
+        rows=rows,
+        ratios=_ratios({row.name: row.decode_rounds for row in rows}),
+        versions=_versions(),
+    )
+
+
+def _measure(subject: Subject | None, tokens: tuple[int, ...], threads: int) -> child.Reply:
+    """One child process. Raises subprocess.CalledProcessError with its output on stderr where it fails."""
+    request = child.Request(subject=subject, threads=threads, tokens=tokens, prompt_tokens=PROMPT_TOKENS)
+    with tempfile.TemporaryDirectory(prefix="lilliput-bench-") as name:
+        asked, answer = Path(name) / "request.json", Path(name) / "reply.json"
+        asked.write_text(request.model_dump_json())
+        subprocess.run([sys.executable, "-m", "benchmarks.child", str(asked), str(answer)], check=True)
+        return child.Reply.model_validate_json(answer.read_bytes())
+
+
+def _row(subject: Subject, replies: list[child.Reply], bandwidth_gb_s: float) -> Row:
+    latencies = [reply.latency for reply in replies if reply.latency]
+    decode = [latency.decode_tokens_per_s for latency in latencies]
+    prefill = [latency.prefill_tokens_per_s for latency in latencies]
+    median = statistics.median(decode)
+    return Row(
+        name=subject.name,
+        runtime=subject.runtime,
+        size_bytes=subject.size_bytes,
+        prefill_tokens_per_s=statistics.median(prefill),
+        decode_tokens_per_s=median,
+        bandwidth_share=subject.size_bytes * median / (bandwidth_gb_s * 1e9),
+        decode_rounds=tuple(decode),
+        prefill_rounds=tuple(prefill),
+        unstable_rounds=sum(latency.unstable is not None for latency in latencies),
+    )
+
+
+def _ratios(decode: dict[str, tuple[float, ...]]) -> tuple[Ratio, ...]:
+    """The limits whose two files were both measured."""
+    ratios = []
+    for limit in LIMITS:
+        if limit.subject in decode and limit.peer in decode:
+            pairs = zip(decode[limit.subject], decode[limit.peer], strict=True)
+            value = statistics.median(ours / theirs for ours, theirs in pairs)
+            ratios.append(Ratio(limit=limit, value=value, passed=value >= limit.least))
+    return tuple(ratios)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("llama-cpp-python", "onnxruntime", "ai-edge-litert", "optimum", "litert-torch", "ai-edge-quantizer")
+    return {package: version(package) for package in packages}
+
+
+def markdown(comparison: Comparison) -> str:
+    """Both tables."""
+    lines = [
+        f"{comparison.cpu}, {comparison.threads} threads, read bandwidth {comparison.bandwidth_gb_s:.1f} GB/s; "
+        f"medians of {comparison.rounds} interleaved rounds, prompt and depth {comparison.prompt_tokens} tokens",
+        "",
+        "| runtime | file | MB | prefill tokens/s | decode tokens/s | share of read bandwidth | disturbed rounds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in sorted(comparison.rows, key=lambda row: row.runtime):
+        lines.append(
+            f"| {row.runtime} | {row.name} | {row.size_bytes / 1e6:.1f} | {row.prefill_tokens_per_s:.0f} "
+            f"| {row.decode_tokens_per_s:.1f} | {row.bandwidth_share:.0%} | {row.unstable_rounds} |"
+        )
+    lines += ["", "| decode of | against | ratio | wanted | verdict |", "| --- | --- | ---: | ---: | --- |"]
+    for ratio in comparison.ratios:
+        verdict = "PASS" if ratio.passed else "MISS"
+        limit = ratio.limit
+        lines.append(f"| {limit.subject} | {limit.peer} | {ratio.value:.2f} | ≥ {limit.least:.2f} | {verdict} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,52 @@
+"""What the benchmark measures: one file, the runtime that runs it, and the session that drives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from lilliput.artifact import Artifact
+from lilliput.results import Record
+from targets.base import Session
+
+DRIVERS = ("llamacpp_cpu", "ort_cpu", "litert_cpu", "optimum_onnx")
+
+
+class Subject(Record):
+    """`driver` is one of Lilliput's runtimes, or the session for optimum's graphs. Paths are absolute."""
+
+    name: str
+    maker: Literal["ours", "peer"]
+    driver: str  # one of DRIVERS
+    path: Path
+    context: int
+    prefill: int = 0
+    decode_steps: int = 48  # decoded tokens a block
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the runtime loads: the model file and its data files."""
+        data = [
+            f for f in self.path.parent.glob(f"{self.path.name}*") if f != self.path
+        ]  # model.onnx.data, model.onnx_data
+        return sum(f.stat().st_size for f in [self.path, *data])
+
+    @property
+    def runtime(self) -> str:
+        return {"llamacpp_cpu": "llama.cpp", "ort_cpu": "ONNX Runtime", "optimum_onnx": "ONNX Runtime"}.get(
+            self.driver, "LiteRT"
+        )
+
+
+def open_session(subject: Subject, threads: int) -> Session:
+    """The subject as a session. Peers' .gguf and .tflite files run through the very sessions that ours do."""
+    if subject.driver == "optimum_onnx":
+        from benchmarks.optimum_session import OptimumSession
+
+        return OptimumSession(subject.path, threads)
+    from lilliput import registry
+
+    runtime = registry.load("runtimes", subject.driver)()
+    artifact = Artifact(subject.path.parent, runtime.exporters[0], subject.path.name, subject.context, subject.prefill)
+    session: Session = runtime.open(artifact, threads)
+    return session
