@@ -1,10 +1,13 @@
 """Lower the fused nodes to one ONNX graph, for prefill and decode alike.
 
     input_ids        (batch_size, sequence_length) int64
-    attention_mask   (batch_size, total_sequence_length) int64     ones; its width is past + new positions
+    attention_mask   (batch_size, total_sequence_length) int64     1 where a position is valid: past + new ones
     position_ids     (batch_size, sequence_length) int64           only with learned positions
     past_key_values.{i}.key|value, present.{i}.key|value   (batch_size, kv_heads, context, head_dim) float32
-    logits           (batch_size, 1, vocab) float32                 of the last position
+    logits           (batch_size, 1, vocab) float32                 of each sequence's last valid position
+
+Prompts of a batch may differ in length: the shorter are padded on the right, as GroupQueryAttention (whose cache has
+the valid positions first) and onnxruntime-genai want it.
 
 A caller binds one buffer as past and present: GroupQueryAttention then writes the new keys and values in
 place. It takes q, k, v packed and rotates them itself. The names are onnxruntime-genai's.
@@ -188,9 +191,8 @@ def _attention(b: Builder, node: Node, out: str) -> None:
 
 
 def _last(b: Builder, node: Node, out: str) -> None:
-    bounds = (("-1", -1), ("max", 2**31 - 1), ("1", 1))
-    edges = [b.constant(f"int64.{n}", np.array([i], np.int64)) for n, i in bounds]
-    b.add("Slice", [value(node.inputs[0]), *edges], [out])
+    """Of each sequence the row of its last valid token, (batch, 1, hidden): with right padding not the last row."""
+    b.add("GatherND", [value(node.inputs[0]), "/last_row"], [out], batch_dims=1)
 
 
 def _plain(b: Builder, node: Node, out: str, op: str, domain: str = "", **attributes: float) -> None:
@@ -214,13 +216,24 @@ LOWERED: Mapping[str, Callable[[Builder, Node, str], None]] = {
 
 
 def _mask(b: Builder) -> None:
-    """seqlens_k (batch,) = row sums - 1 and total_sequence_length () = width of attention_mask, both int32."""
-    one = b.constant("int64.1", np.array([1], np.int64))
+    """From attention_mask: seqlens_k (batch,) = row sums - 1 and total_sequence_length () = its width, both int32;
+    and last_row (batch, 1, 1) int64, the input row of each sequence's last valid token.
+
+    A sequence shorter than its batch has its rows' valid tokens first, so its last is at sum - 1 - (width - steps) in
+    a prompt; in a later step of one token that is below 0 for it, and the row is 0.
+    """
+    zero, one = (b.constant(f"int64.{i}", np.array([i], np.int64)) for i in range(2))
     total = b.add("ReduceSum", ["attention_mask", one], ["/mask.sum"], keepdims=0)
-    b.add("Cast", [b.add("Sub", [total, one], ["/mask.last"])], ["/seqlens_k"], to=INT32)
-    shape = b.add("Shape", ["attention_mask"], ["/mask.shape"])
-    width = b.add("Gather", [shape, b.constant("int64.scalar.1", np.array(1, np.int64))], ["/mask.width"], axis=0)
-    b.add("Cast", [width], ["/total_sequence_length"], to=INT32)
+    last = b.add("Sub", [total, one], ["/mask.last"])
+    b.add("Cast", [last], ["/seqlens_k"], to=INT32)
+    width = b.add("Shape", ["attention_mask"], ["/mask.width"], start=1, end=2)
+    scalar = b.add("Squeeze", [width], ["/mask.total"])
+    b.add("Cast", [scalar], ["/total_sequence_length"], to=INT32)
+    steps = b.add("Shape", ["input_ids"], ["/steps"], start=1, end=2)
+    past = b.add("Sub", [width, steps], ["/past"])
+    row = b.add("Max", [b.add("Sub", [last, past], ["/last_row.signed"]), zero], ["/last_row.flat"])
+    axes = b.constant("int64.axes", np.array([1, 2], np.int64))
+    b.add("Unsqueeze", [row, axes], ["/last_row"])
 
 
 def build(

@@ -127,22 +127,28 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert [sha256(first.folder / name) for name in names] == [sha256(second.folder / name) for name in names]
 
 
+@pytest.mark.parametrize("short", [8, 5])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_two_sequences_at_once_are_each_as_if_alone(tmp_path: Path, kind: str) -> None:
+def test_two_sequences_at_once_are_each_as_if_alone(tmp_path: Path, kind: str, short: int) -> None:
+    """Prompts of 8 and `short` tokens, the shorter padded on the right, then two steps."""
     model = solved(source_of(tmp_path, kind, True), RULES["common"])
     session = ort.InferenceSession(export(model, tmp_path / "exact", exact=True).path)
     tokens = np.random.default_rng(4).integers(0, model.config.vocab_size, (2, 10))
     cache = np.zeros((2, model.config.num_kv_heads, CONTEXT, model.config.head_dim), np.float32)
     past = {i.name: cache for i in session.get_inputs() if i.name.startswith("past")}
+    lengths, mask = np.array([8, short]), np.ones((2, 10), np.int64)
+    mask[1, short:8] = 0
     for start, stop in ((0, 8), (8, 9), (9, 10)):
-        feeds = {"input_ids": tokens[:, start:stop], "attention_mask": np.ones((2, stop), np.int64)}
+        feeds = {"input_ids": tokens[:, start:stop], "attention_mask": mask[:, :stop]}
         if kind == "gpt2":
-            feeds["position_ids"] = np.tile(np.arange(start, stop), (2, 1))
+            feeds["position_ids"] = np.arange(8) + np.zeros((2, 1), np.int64) if start == 0 else lengths[:, None]
         logits, *present = session.run(None, {**feeds, **past})
         past = dict(zip(past, present, strict=True))
-    for row in range(2):
-        wanted = reference(model, tokens[row].tolist())[-1]
-        assert np.abs(logits[row, 0] - wanted).max() <= 1e-4 * wanted.std()
+        lengths += int(start > 0)
+        for row in range(2):
+            alone = np.concatenate([tokens[row, : 8 if row == 0 else short], tokens[row, 8:stop]])
+            wanted = reference(model, alone.tolist())[-1]
+            assert np.abs(logits[row, 0] - wanted).max() <= 1e-4 * wanted.std()
 
 
 def test_weights_beyond_the_limit_of_protobuf_lie_beside_the_model(
