@@ -183,6 +183,23 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(small_disk: Path) -> N
         assert [p.name for p in small_disk.glob("export/*")] == []
 
 
+def test_mapped_logits_on_a_disk_that_fills_up_are_an_error_and_no_crash(tmp_path: Path, small_disk: Path) -> None:
+    import numpy as np
+    from tiny_models import tiny_source
+
+    from targets.reference import EvaluationSet, compute
+
+    source = tiny_source(tmp_path)
+    evaluation = EvaluationSet(np.zeros((10, 200), np.int32), "", "zeros")  # 10 x 100 x 320 logits: 1.3 MB
+
+    def write(folder: Path) -> None:
+        compute(source.config, source.weights, evaluation, folder)
+
+    with pytest.raises(LilliputError, match="the disk is full"):
+        Store(small_disk).build("reference", "k" * 64, write)
+    assert list(small_disk.glob("reference/*")) == []
+
+
 @pytest.mark.parametrize(
     ("target", "package", "extra"),
     [
