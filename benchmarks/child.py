@@ -55,14 +55,14 @@ def latency(subject: Subject, request: Request) -> Latency:
     return reply.latency
 
 
-def read_bandwidth_gb_s(threads: int) -> float:
-    """The fastest of PROBE_REPEATS sums over half a gigabyte, read by `threads` threads; gigabytes are 10⁹ bytes."""
+def read_bandwidth_gb_s(threads: int, repeats: int = PROBE_REPEATS) -> float:
+    """The fastest of `repeats` sums over half a gigabyte, read by `threads` threads; gigabytes are 10⁹ bytes."""
     import torch
 
     torch.set_num_threads(threads)
     memory = torch.ones(PROBE_BYTES // 4)
     seconds = []
-    for _ in range(PROBE_REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         memory.sum()
         seconds.append(time.perf_counter() - start)

@@ -185,15 +185,16 @@ def _tokens(folder: Path) -> tuple[int, ...]:
 
 def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, rounds: int) -> Comparison:
     """Measure all subjects, round by round."""
+    idle = child.Request(subject=None, threads=threads, tokens=tokens, prompt_tokens=PROMPT_TOKENS)
     measured: dict[str, list[child.Reply]] = {subject.name: [] for subject in subjects}
     bandwidths: list[float] = []
     for number in range(rounds):
-        bandwidths.append(_measure(None, tokens, threads).bandwidth_gb_s or 0.0)
+        bandwidths.append(measure(idle).bandwidth_gb_s or 0.0)
         for subject in subjects:
             _say(f"round {number + 1} of {rounds}: {subject.name}")
-            measured[subject.name].append(_measure(subject, tokens, threads))
+            measured[subject.name].append(measure(idle.model_copy(update={"subject": subject})))
     bandwidth = max(bandwidths)
-    rows = tuple(_row(subject, measured[subject.name], bandwidth) for subject in subjects)
+    rows = tuple(row(subject, measured[subject.name], bandwidth) for subject in subjects)
     return Comparison(
         cpu=machine.describe("host").cpu,
         threads=threads,
@@ -202,14 +203,13 @@ def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, roun
         bandwidth_gb_s=bandwidth,
         bandwidth_rounds=tuple(bandwidths),
         rows=rows,
-        ratios=_ratios({row.name: row.decode_rounds for row in rows}),
+        ratios=ratios({found.name: found.decode_rounds for found in rows}),
         versions=_versions(),
     )
 
 
-def _measure(subject: Subject | None, tokens: tuple[int, ...], threads: int) -> child.Reply:
-    """One child process. Raises subprocess.CalledProcessError with its output on stderr where it fails."""
-    request = child.Request(subject=subject, threads=threads, tokens=tokens, prompt_tokens=PROMPT_TOKENS)
+def measure(request: child.Request) -> child.Reply:
+    """One child process. Raises subprocess.CalledProcessError where it fails; its output is on stderr."""
     with tempfile.TemporaryDirectory(prefix="lilliput-bench-") as name:
         asked, answer = Path(name) / "request.json", Path(name) / "reply.json"
         asked.write_text(request.model_dump_json())
@@ -217,7 +217,7 @@ def _measure(subject: Subject | None, tokens: tuple[int, ...], threads: int) -> 
         return child.Reply.model_validate_json(answer.read_bytes())
 
 
-def _row(subject: Subject, replies: list[child.Reply], bandwidth_gb_s: float) -> Row:
+def row(subject: Subject, replies: list[child.Reply], bandwidth_gb_s: float) -> Row:
     latencies = [reply.latency for reply in replies if reply.latency]
     decode = [latency.decode_tokens_per_s for latency in latencies]
     prefill = [latency.prefill_tokens_per_s for latency in latencies]
@@ -235,15 +235,15 @@ def _row(subject: Subject, replies: list[child.Reply], bandwidth_gb_s: float) ->
     )
 
 
-def _ratios(decode: dict[str, tuple[float, ...]]) -> tuple[Ratio, ...]:
+def ratios(decode: dict[str, tuple[float, ...]]) -> tuple[Ratio, ...]:
     """The limits whose two files were both measured."""
-    ratios = []
+    found = []
     for limit in LIMITS:
         if limit.subject in decode and limit.peer in decode:
             pairs = zip(decode[limit.subject], decode[limit.peer], strict=True)
             value = statistics.median(ours / theirs for ours, theirs in pairs)
-            ratios.append(Ratio(limit=limit, value=value, passed=value >= limit.least))
-    return tuple(ratios)
+            found.append(Ratio(limit=limit, value=value, passed=value >= limit.least))
+    return tuple(found)
 
 
 def _versions() -> dict[str, str]:
@@ -262,10 +262,10 @@ def markdown(comparison: Comparison) -> str:
         "| runtime | file | MB | prefill tokens/s | decode tokens/s | share of read bandwidth | disturbed rounds |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in sorted(comparison.rows, key=lambda row: row.runtime):
+    for found in sorted(comparison.rows, key=lambda row: row.runtime):
         lines.append(
-            f"| {row.runtime} | {row.name} | {row.size_bytes / 1e6:.1f} | {row.prefill_tokens_per_s:.0f} "
-            f"| {row.decode_tokens_per_s:.1f} | {row.bandwidth_share:.0%} | {row.unstable_rounds} |"
+            f"| {found.runtime} | {found.name} | {found.size_bytes / 1e6:.1f} | {found.prefill_tokens_per_s:.0f} "
+            f"| {found.decode_tokens_per_s:.1f} | {found.bandwidth_share:.0%} | {found.unstable_rounds} |"
         )
     lines += ["", "| decode of | against | ratio | wanted | verdict |", "| --- | --- | ---: | ---: | --- |"]
     for ratio in comparison.ratios:
