@@ -15,28 +15,28 @@ from lilliput.errors import MeasurementError
 from lilliput.grid import Float
 from lilliput.progress import Progress, silent
 from targets.base import Session
-from targets.metrics import TokenMetrics, divergence, log_softmax, summarize
-from targets.request import AccuracyReply, AccuracyTask
+from targets.metrics import TokenMetrics, divergence, log_softmax
+from targets.request import AccuracyTask
 
 
-def measure(session: Session, task: AccuracyTask, progress: Progress = silent) -> AccuracyReply:
-    """Raises MeasurementError where logits are not finite or have another vocabulary."""
-    chunks = np.load(task.tokens)[: task.chunks]
-    reference, dequantized = (np.load(path, mmap_mode="r") for path in (task.reference, task.dequantized))
+def measure(session: Session, task: AccuracyTask, progress: Progress = silent) -> TokenMetrics:
+    """Figures of the task's chunks. Raises MeasurementError where logits are not finite or of another vocabulary."""
+    chunks = np.load(task.tokens)[task.first : task.first + task.chunks]
     metrics = TokenMetrics.empty(len(chunks), chunks.shape[1] - task.scored_from)
-    steps = np.empty_like(metrics.kld)
+    reference, dequantized = (np.load(path, mmap_mode="r") for path in (task.reference, task.dequantized))
     for c, chunk in enumerate(chunks):
-        for i, logits in enumerate(teacher_forced(session, chunk.tolist(), task.scored_from)):
-            if logits.shape != reference.shape[2:]:
-                raise MeasurementError(f"the runtime's logits are {logits.shape}, wanted {reference.shape[2:]}")
-            what = f"chunk {c}, position {task.scored_from + i - 1}"
-            candidate = log_softmax(logits, f"the runtime, {what}")
-            p = log_softmax(reference[c, i], f"the float model, {what}")
-            metrics.put(c, i, p, candidate, int(chunk[task.scored_from + i]))
-            steps[c, i] = divergence(log_softmax(dequantized[c, i], f"the dequantized model, {what}"), candidate)
-            progress(c * steps.shape[1] + i + 1, steps.size)
-    metrics.save(task.metrics_out)
-    return AccuracyReply(accuracy=summarize(metrics), step_kld=float(steps.mean()))
+        rows = zip(reference[task.first + c], dequantized[task.first + c], strict=True)
+        session_rows = teacher_forced(session, chunk.tolist(), task.scored_from)
+        for i, (logits, (float_row, dequantized_row)) in enumerate(zip(session_rows, rows, strict=True)):
+            if logits.shape != float_row.shape:
+                raise MeasurementError(f"the runtime's logits are {logits.shape}, wanted {float_row.shape}")
+            what = f"chunk {task.first + c}, position {task.scored_from + i - 1}"
+            q = log_softmax(logits, f"the runtime, {what}")
+            p = log_softmax(float_row, f"the float model, {what}")
+            step_kld = divergence(log_softmax(dequantized_row, f"the dequantized model, {what}"), q)
+            metrics.put(c, i, p, q, int(chunk[task.scored_from + i]), step_kld)
+            progress(c * metrics.kld.shape[1] + i + 1, metrics.kld.size)
+    return metrics
 
 
 def teacher_forced(session: Session, tokens: list[int], scored_from: int) -> Iterator[Float]:

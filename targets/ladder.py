@@ -26,7 +26,6 @@ from lilliput.progress import Progress, silent
 from lilliput.results import Rung
 from targets.metrics import TokenMetrics
 from targets.reference import EvaluationSet, Logits, compare, compute
-from targets.request import AccuracyReply
 
 Read = Mapping[str, QuantizedTensor | Float]
 
@@ -104,23 +103,26 @@ def read_back_rung(
     return rung, found
 
 
-def exact_rung(reply: AccuracyReply | None, missing: str, dequantized: TokenMetrics, chunks: int) -> Rung:
-    """`reply` is of the first `chunks` chunks; None where there is none, `missing` says why."""
-    if reply is None:
+def exact_rung(metrics: TokenMetrics | None, missing: str, dequantized: TokenMetrics) -> Rung:
+    """`metrics` are of the first chunks of the evaluation; None where there are none, `missing` says why."""
+    if metrics is None:
         return Rung(rung="exact", mean_kld=None, step_kld=None, tokens=0, note=missing)
-    there, all_chunks = dequantized.first(chunks).mean_kld, len(dequantized.kld)
-    mean_kld = dequantized.mean_kld + reply.accuracy.mean_kld - there
+    chunks, all_chunks = len(metrics.kld), len(dequantized.kld)
+    there = dequantized.first(chunks).mean_kld
     note = "" if chunks == all_chunks else (
-        f"measured on the first {chunks} of {all_chunks} chunks: {reply.accuracy.mean_kld:.6f} against {there:.6f} "
+        f"measured on the first {chunks} of {all_chunks} chunks: {metrics.mean_kld:.6f} against {there:.6f} "
         "of the dequantized weights there"
     )  # fmt: skip
     return Rung(
-        rung="exact", mean_kld=max(0.0, mean_kld), step_kld=reply.step_kld, tokens=reply.accuracy.tokens, note=note
+        rung="exact",
+        mean_kld=max(0.0, dequantized.mean_kld + metrics.mean_kld - there),
+        step_kld=metrics.mean_step_kld,
+        tokens=metrics.kld.size,
+        note=note,
     )
 
 
-def shipped_rung(reply: AccuracyReply | None, missing: str) -> Rung:
-    if reply is None:
+def shipped_rung(metrics: TokenMetrics | None, missing: str) -> Rung:
+    if metrics is None:
         return Rung(rung="shipped", mean_kld=None, step_kld=None, tokens=0, note=missing)
-    accuracy = reply.accuracy
-    return Rung(rung="shipped", mean_kld=accuracy.mean_kld, step_kld=reply.step_kld, tokens=accuracy.tokens)
+    return Rung(rung="shipped", mean_kld=metrics.mean_kld, step_kld=metrics.mean_step_kld, tokens=metrics.kld.size)

@@ -5,10 +5,13 @@
     ttft_ms        a prompt in an empty cache, to its logits in this process's memory
     decode         single tokens after a cache was filled to each depth; p50 and p90 over all steps
 
-Everything is done once unmeasured (warm-up), then in `blocks`, each with the prompt and every depth, so that
-a drift of the machine meets all figures alike. A fixed host probe runs before, between and after the blocks.
-It multiplies a matrix and reads 8 MB on as many threads as the runtime uses: if its slowest run takes
-PROBE_SPREAD of its fastest or longer, something else held the machine, and the figures are marked unstable.
+A short block is done unmeasured (warm-up), then `blocks` that count, each with the prompt and every depth, so
+that a drift of the machine meets all figures alike. Where the warm-up shows that they will take longer than
+the budget, they decode fewer steps, but no fewer than WARM_UP_STEPS.
+
+A fixed host probe runs before, between and after the blocks. It multiplies a matrix and reads 8 MB on as many
+threads as the runtime uses: if its slowest run takes PROBE_SPREAD of its fastest or longer, something else
+held the machine, and the figures are marked unstable.
 
 Peak memory is VmHWM of /proc/self/status: unlike ru_maxrss it does not start at the parent's peak.
 It counts the mapped pages of the model file, which are in memory while the model runs.
@@ -34,6 +37,7 @@ from targets.request import LatencyReply, LatencyTask
 PROBE_SPREAD = 1.35
 PROBE_RUNS = 3  # the fastest of so many counts: a single hiccup is not a disturbed machine
 MIN_BLOCKS = 2
+WARM_UP_STEPS = 8
 
 
 def measure(
@@ -64,19 +68,24 @@ class _Samples:
 
 def _blocks(session: Session, task: LatencyTask, probe: Callable[[], float], progress: Progress) -> _Samples:
     """One unmeasured block, then the measured ones until the time budget is spent."""
-    _block(session, task, _Samples(len(task.depths)))
+    start = time.perf_counter()
+    warm_up_steps = min(WARM_UP_STEPS, task.steps)
+    _block(session, task, warm_up_steps, _Samples(len(task.depths)))
+    warm_up_s = time.perf_counter() - start
+    affordable = int(warm_up_steps * task.budget_s / (task.blocks * max(warm_up_s, 1e-3)))
+    steps = max(warm_up_steps, min(task.steps, affordable))
     samples, start = _Samples(len(task.depths)), time.perf_counter()
     samples.probe.append(probe())
     for done in range(task.blocks):
         if done >= MIN_BLOCKS and time.perf_counter() - start > task.budget_s:
             break
-        _block(session, task, samples)
+        _block(session, task, steps, samples)
         samples.probe.append(probe())
         progress(done + 1, task.blocks)
     return samples
 
 
-def _block(session: Session, task: LatencyTask, samples: _Samples) -> None:
+def _block(session: Session, task: LatencyTask, steps: int, samples: _Samples) -> None:
     session.reset()
     start = time.perf_counter()
     session.prefill(task.tokens[: task.prompt_tokens])
@@ -84,7 +93,7 @@ def _block(session: Session, task: LatencyTask, samples: _Samples) -> None:
     for depth, times in zip(task.depths, samples.decode, strict=True):
         session.reset()
         token = int(session.prefill(task.tokens[:depth]).argmax())
-        for _ in range(task.steps):
+        for _ in range(steps):
             start = time.perf_counter()
             logits = session.decode(token)
             times.append(_since(start))

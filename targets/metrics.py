@@ -4,6 +4,7 @@ With p = softmax(reference logits) and q = softmax(candidate logits) at one posi
 the text goes on with:
 
     kld              Σ p (log p − log q)        nats; the Kullback-Leibler divergence of the candidate
+    step_kld         the same from a second reference, the dequantized weights
     agrees           argmax p == argmax q
     nll              −log q[t]                  perplexity = exp(mean nll)
     reference_nll    −log p[t]
@@ -15,8 +16,10 @@ positions are not independent: a 95 % interval of a mean is the percentile boots
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,36 +57,53 @@ class TokenMetrics:
     agrees: npt.NDArray[np.bool_]
     nll: Double
     reference_nll: Double
+    step_kld: Double
 
     @classmethod
     def empty(cls, chunks: int, scored: int) -> TokenMetrics:
         """Room for that many positions; unset ones are NaN, so that none can be forgotten unnoticed."""
-        kld, nll, reference_nll = (np.full((chunks, scored), np.nan) for _ in range(3))
-        return cls(kld, np.zeros((chunks, scored), dtype=np.bool_), nll, reference_nll)
+        kld, nll, reference_nll, step_kld = (np.full((chunks, scored), np.nan) for _ in range(4))
+        return cls(kld, np.zeros((chunks, scored), dtype=np.bool_), nll, reference_nll, step_kld)
 
-    def put(self, chunk: int, position: int, reference: Double, candidate: Double, target: int) -> None:
+    def put(
+        self, chunk: int, position: int, reference: Double, candidate: Double, target: int, step_kld: float
+    ) -> None:
         """Fill one position from two log-distributions (vocab,) and the token that follows."""
         at = chunk, position
         self.kld[at] = divergence(reference, candidate)
         self.agrees[at] = reference.argmax() == candidate.argmax()
         self.nll[at], self.reference_nll[at] = -candidate[target], -reference[target]
+        self.step_kld[at] = step_kld
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def first(self, chunks: int) -> TokenMetrics:
         """The same of the first chunks only."""
-        return TokenMetrics(self.kld[:chunks], self.agrees[:chunks], self.nll[:chunks], self.reference_nll[:chunks])
+        return TokenMetrics(**{name: array[:chunks] for name, array in self._arrays().items()})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TokenMetrics]) -> TokenMetrics:
+        """The chunks of several, one after the other."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     @property
     def mean_kld(self) -> float:
         return float(self.kld.mean())
 
+    @property
+    def mean_step_kld(self) -> float:
+        return float(self.step_kld.mean())
+
     def save(self, path: Path) -> None:
         """Write as .npz, each array by its name."""
-        np.savez(path, kld=self.kld, agrees=self.agrees, nll=self.nll, reference_nll=self.reference_nll)
+        np.savez(path, allow_pickle=False, **self._arrays())
 
     @classmethod
     def load(cls, path: Path) -> TokenMetrics:
         with np.load(path) as parts:
-            return cls(parts["kld"], parts["agrees"], parts["nll"], parts["reference_nll"])
+            return cls(**{field.name: parts[field.name] for field in fields(cls)})
 
 
 def summarize(metrics: TokenMetrics) -> Accuracy:

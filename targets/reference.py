@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,7 @@ def compute(
     logits = Logits(folder)
     shape = (len(evaluation.tokens), evaluation.scored, config.vocab_size)
     rows = np.lib.format.open_memmap(logits.path, mode="w+", dtype=np.float32, shape=shape)
+    _reserve(logits.path)
     for index, chunk in enumerate(evaluation.tokens):
         with torch.inference_mode():
             hidden = model.hidden(torch.from_numpy(chunk[None].astype(np.int64)))
@@ -146,6 +148,13 @@ def compute(
         progress(index + 1, len(evaluation.tokens))
     rows.flush()
     return logits
+
+
+def _reserve(path: Path) -> None:
+    """Take the file's bytes from the disk now: a mapped write to a full disk ends the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def compute_against(
@@ -163,13 +172,14 @@ def compute_against(
 
 
 def compare(reference: Logits, candidate: Logits, evaluation: EvaluationSet) -> TokenMetrics:
-    """Each scored token's metrics of one model's logits against another's."""
+    """Each scored token's metrics of one model's logits against another's; step_kld is left at zero."""
     references, candidates = reference.open(), candidate.open()
     metrics = TokenMetrics.empty(*references.shape[:2])
     for chunk, position in np.ndindex(*references.shape[:2]):
         p = log_softmax(references[chunk, position], f"{reference.folder}, chunk {chunk}, position {position}")
         q = log_softmax(candidates[chunk, position], f"{candidate.folder}, chunk {chunk}, position {position}")
-        metrics.put(chunk, position, p, q, int(evaluation.tokens[chunk, evaluation.scored_from + position]))
+        target = int(evaluation.tokens[chunk, evaluation.scored_from + position])
+        metrics.put(chunk, position, p, q, target, step_kld=0.0)
     return metrics
 
 

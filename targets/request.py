@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lilliput.artifact import Artifact
-from lilliput.results import Accuracy, Latency, Memory, Record
+from lilliput.results import Latency, Memory, Record
 
 
 class ArtifactReference(Record):
@@ -39,11 +39,12 @@ class ArtifactReference(Record):
 
 
 class AccuracyTask(Record):
-    """Teacher-force the first `chunks` of the evaluation tokens and compare with the float and dequantized logits."""
+    """Teacher-force some chunks of the evaluation tokens and compare with the float and dequantized logits."""
 
     kind: Literal["accuracy"] = "accuracy"
     tokens: Path  # .npy (chunks, length) int32
     scored_from: int
+    first: int = 0  # chunk
     chunks: int
     reference: Path  # .npy (chunks, scored, vocab) float32, the float model's
     dequantized: Path  # likewise, the dequantized weights'
@@ -59,7 +60,7 @@ class LatencyTask(Record):
     depths: tuple[int, ...] = (16, 512)
     blocks: int = 4
     steps: int = 32  # decoded tokens a depth and block
-    budget_s: float = 60.0  # later blocks are left out beyond it, never the first two
+    budget_s: float = 30.0  # of all blocks: steps, then blocks are left out beyond it
 
 
 class GenerateTask(Record):
@@ -82,11 +83,6 @@ class Request(Record):
     tasks: tuple[Task, ...]
 
 
-class AccuracyReply(Record):
-    accuracy: Accuracy
-    step_kld: float  # from the dequantized weights, over the same positions
-
-
 class LatencyReply(Record):
     latency: Latency
     memory: Memory
@@ -103,7 +99,7 @@ class Reply(Record):
     """What the worker found. On an error the rest is as far as it came."""
 
     versions: dict[str, str] = Field(default_factory=dict)
-    accuracy: AccuracyReply | None = None
+    metrics: Path | None = None  # what an accuracy task wrote
     latency: LatencyReply | None = None
     generated: tuple[int, ...] | None = None
     error: str | None = None

@@ -1,10 +1,9 @@
 """Validate one target: the artifact on its runtime, held against the float model, rung by rung.
 
     1. read the weights back from the file (in this process)
-    2. accuracy of the shipped artifact (a worker process; teacher-forced on the evaluation text)
-    3. accuracy of its exact twin (a second worker)
-    4. speed, memory and a greedy continuation (a third: its peak memory is the runtime's alone)
-    5. the ladder and the gates
+    2. accuracy of the exact twin and of the shipped artifact, teacher-forced on the evaluation text (several workers)
+    3. speed, memory and a greedy continuation (one worker, alone: its peak memory is the runtime's)
+    4. the ladder and the gates
 
 A worker that fails, hangs or is killed leaves a note and figures that are missing; their gates are then
 inconclusive. A package that is missing is an error of its own. Per-token figures stay in `folder`:
@@ -26,6 +25,7 @@ from lilliput.progress import Progress, silent
 from lilliput.results import ArtifactFigures, Gate, GateResult, Generation, Rung, TargetResult, worst
 from targets import gates, ladder, machine
 from targets.base import Device
+from targets.metrics import summarize
 from targets.reference import EvaluationSet, Logits
 from targets.request import (
     AccuracyTask,
@@ -34,8 +34,8 @@ from targets.request import (
     LatencyTask,
     Reply,
     Request,
-    Task,
 )
+from targets.scoring import Scored, Subject, score
 
 WORKER_OVERHEAD_BYTES = 400_000_000  # interpreter, packages, one row of each reference
 MEMORY_PER_ARTIFACT_BYTE = 1.5  # weights in the runtime's layout beside the mapped file, at most
@@ -50,6 +50,9 @@ class Place:
     at: Device
     options: BaseModel
     threads: int | None = None  # None: the device's own number
+
+    def run(self, request: Request, progress: Progress) -> Reply:
+        return self.at.run(request, self.options, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,31 +99,23 @@ class Protocol:
     steps: int = 32
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """A worker's reply; an empty one where `missing` says why there is none."""
-
-    reply: Reply
-    missing: str = ""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Measured:
-    """The answers of the three workers."""
+    """What the workers found; `speed` is an empty reply where `speed_missing` says why."""
 
-    shipped: _Answer
-    exact: _Answer
-    speed: _Answer
+    shipped: Scored
+    exact: Scored
+    speed: Reply
+    speed_missing: str = ""
 
     @property
     def missing(self) -> dict[gates.Part, str]:
-        answers: dict[gates.Part, _Answer] = {"accuracy": self.shipped, "exact": self.exact, "latency": self.speed}
-        return {part: answer.missing for part, answer in answers.items() if answer.missing}
-
-    @property
-    def versions(self) -> dict[str, str]:
-        replies = (answer.reply for answer in (self.shipped, self.exact, self.speed))
-        return {name: version for reply in replies for name, version in reply.versions.items()}
+        reasons: dict[gates.Part, str] = {
+            "accuracy": self.shipped.missing,
+            "exact": self.exact.missing,
+            "latency": self.speed_missing,
+        }
+        return {part: why for part, why in reasons.items() if why}
 
 
 def validate(
@@ -147,39 +142,28 @@ def validate(
     )
     measured = _measure(candidate, place, references, smoke, folder, protocol, progress)
     dequantized = references.dequantized.metrics()
-    exact, shipped = measured.exact.reply.accuracy, measured.shipped.reply.accuracy
     rungs = (
         *ladder.first_rungs(dequantized),
         rung,
-        ladder.exact_rung(exact, measured.exact.missing, dequantized, _exact_chunks(protocol, references)),
-        ladder.shipped_rung(shipped, measured.shipped.missing),
+        ladder.exact_rung(measured.exact.metrics, measured.exact.missing, dequantized),
+        ladder.shipped_rung(measured.shipped.metrics, measured.shipped.missing),
     )
     return _result(candidate, place, smoke, limits, measured, rungs, read_back)
 
 
+def _needed_bytes(artifact: Artifact) -> int:
+    return round(MEMORY_PER_ARTIFACT_BYTE * artifact.size_bytes) + WORKER_OVERHEAD_BYTES
+
+
 def _check_memory(candidate: Candidate) -> None:
     for artifact in filter(None, (candidate.artifact, candidate.exact)):
-        needed = round(MEMORY_PER_ARTIFACT_BYTE * artifact.size_bytes) + WORKER_OVERHEAD_BYTES
-        machine.check_memory(needed, f"measuring {artifact.path.name}")
+        machine.check_memory(_needed_bytes(artifact), f"measuring {artifact.path.name}")
 
 
-def _exact_chunks(protocol: Protocol, references: References) -> int:
-    return min(protocol.exact_chunks, len(references.evaluation.tokens))
-
-
-class _Counter:
-    """One progress over all tasks: shipped and exact positions, then latency blocks."""
-
-    def __init__(self, progress: Progress, totals: Sequence[int]) -> None:
-        self._progress, self._total, self._before = progress, sum(totals), 0
-
-    def task(self, size: int) -> Progress:
-        before, self._before = self._before, self._before + size
-
-        def advance(done: int, total: int) -> None:
-            self._progress(before + size * done // total, self._total)
-
-        return advance
+def _slots(candidate: Candidate, threads: int) -> int:
+    """Workers at a time: one a thread, fewer where memory does not hold so many of the larger artifact."""
+    largest = max(_needed_bytes(artifact) for artifact in filter(None, (candidate.artifact, candidate.exact)))
+    return max(1, min(threads, machine.available_memory_bytes() // largest))
 
 
 def _measure(
@@ -191,33 +175,45 @@ def _measure(
     protocol: Protocol,
     progress: Progress,
 ) -> _Measured:
-    """Ask the three workers, one after the other."""
-    chunks, exact_chunks = len(references.evaluation.tokens), _exact_chunks(protocol, references)
-    scored = references.evaluation.scored
-    # One exact position takes about as long as three shipped ones, the latency protocol as long as one chunk.
-    sizes = (chunks * scored, 3 * exact_chunks * scored if candidate.exact else 0, scored)
-    counter = _Counter(progress, sizes)
+    """Accuracy with 95 % of the progress, then speed."""
     references.evaluation.save(folder / "evaluation")
-    tasks = {
-        "shipped": _accuracy_task(references, folder, "shipped", chunks),
-        "exact": _accuracy_task(references, folder, "exact", exact_chunks),
-    }
-    shipped = _ask(place, candidate.artifact, (tasks["shipped"],), counter.task(sizes[0]))
-    exact = _Answer(Reply(), candidate.exact_missing)
+    threads, chunks = place.threads or place.at.threads(), len(references.evaluation.tokens)
+    subjects = [Subject("shipped", candidate.artifact, chunks)]
     if candidate.exact is not None:
-        exact = _ask(place, candidate.exact, (tasks["exact"],), counter.task(sizes[1]), exact=True)
-    speed_tasks = (_latency_task(candidate.artifact, references.evaluation, protocol), _generate_task(smoke))
-    return _Measured(shipped, exact, _ask(place, candidate.artifact, speed_tasks, counter.task(sizes[2])))
+        subjects.insert(0, Subject("exact", candidate.exact, min(protocol.exact_chunks, chunks)))
+    task, slots = _accuracy_task(references, folder), _slots(candidate, threads)
+    scored = score(subjects, place.runtime, task, place.run, slots, _share(progress, 0, 95))
+    exact = scored.get("exact", Scored(None, candidate.exact_missing))
+    request = Request(
+        artifact=ArtifactReference.of(candidate.artifact),
+        runtime=place.runtime,
+        threads=threads,
+        tasks=(_latency_task(candidate.artifact, references.evaluation, protocol), _generate_task(smoke)),
+    )
+    try:
+        return _Measured(scored["shipped"], exact, place.run(request, _share(progress, 95, 100)))
+    except MeasurementError as error:
+        return _Measured(scored["shipped"], exact, Reply(), str(error))
 
 
-def _accuracy_task(references: References, folder: Path, name: str, chunks: int) -> AccuracyTask:
+def _share(progress: Progress, start: int, end: int) -> Progress:
+    """Progress in thousandths of the whole, from `start` to `end` per cent."""
+
+    def advance(done: int, total: int) -> None:
+        progress(10 * start + 10 * (end - start) * done // total, 1000)
+
+    return advance
+
+
+def _accuracy_task(references: References, folder: Path) -> AccuracyTask:
+    """All chunks; figures go to files in `folder`."""
     return AccuracyTask(
         tokens=(folder / "evaluation" / "tokens.npy").resolve(),
         scored_from=references.evaluation.scored_from,
-        chunks=chunks,
+        chunks=len(references.evaluation.tokens),
         reference=references.float_model.path.resolve(),
         dequantized=references.dequantized.path.resolve(),
-        metrics_out=(folder / f"{name}.npz").resolve(),
+        metrics_out=folder.resolve(),
     )
 
 
@@ -238,22 +234,6 @@ def _latency_task(artifact: Artifact, evaluation: EvaluationSet, protocol: Proto
 
 def _generate_task(smoke: Smoke) -> GenerateTask:
     return GenerateTask(prompt=smoke.tokens, max_tokens=smoke.max_tokens, stop_tokens=smoke.stop_tokens)
-
-
-def _ask(
-    place: Place, artifact: Artifact, tasks: tuple[Task, ...], progress: Progress, *, exact: bool = False
-) -> _Answer:
-    request = Request(
-        artifact=ArtifactReference.of(artifact),
-        runtime=place.runtime,
-        threads=place.threads or place.at.threads(),
-        exact=exact,
-        tasks=tasks,
-    )
-    try:
-        return _Answer(place.at.run(request, place.options, progress))
-    except MeasurementError as error:
-        return _Answer(Reply(), str(error))
 
 
 def _result(
@@ -278,7 +258,7 @@ def _result(
         verdict=worst([gate.verdict for gate in results]),
         runtime=place.runtime,
         device=place.device,
-        versions=measured.versions,
+        versions=measured.speed.versions,
         artifact=_artifact_figures(candidate.artifact),
         latency=figures.latency,
         memory=figures.memory,
@@ -300,28 +280,27 @@ def _artifact_figures(artifact: Artifact) -> ArtifactFigures:
 
 
 def _figures(artifact: Artifact, measured: _Measured) -> gates.Figures:
-    shipped, exact = measured.shipped.reply.accuracy, measured.exact.reply.accuracy
-    speed = measured.speed.reply.latency
+    shipped, exact, speed = measured.shipped.metrics, measured.exact.metrics, measured.speed.latency
     return gates.Figures(
-        accuracy=shipped.accuracy if shipped else None,
+        accuracy=summarize(shipped) if shipped else None,
         latency=speed.latency if speed else None,
         memory=speed.memory if speed else None,
         size_bytes=artifact.size_bytes,
-        exact_step_kld=exact.step_kld if exact else None,
-        shipped_step_kld=shipped.step_kld if shipped else None,
+        exact_step_kld=exact.mean_step_kld if exact else None,
+        shipped_step_kld=shipped.mean_step_kld if shipped else None,
         missing=measured.missing,
     )
 
 
 def _generation(smoke: Smoke, measured: _Measured) -> Generation | None:
-    tokens = measured.speed.reply.generated
+    tokens = measured.speed.generated
     return None if tokens is None else Generation(prompt=smoke.prompt, text=smoke.decode(tokens), tokens=tokens)
 
 
 def _generation_gate(generation: Generation | None, smoke: Smoke, measured: _Measured) -> GateResult:
     broken = generation is not None and not gates.speaks(generation.tokens)
     float_tokens = smoke.float_tokens() if broken and smoke.float_tokens else None
-    return gates.generation_gate(generation, measured.speed.missing, float_tokens)
+    return gates.generation_gate(generation, measured.speed_missing, float_tokens)
 
 
 def _notes(measured: _Measured, figures: gates.Figures) -> tuple[str, ...]:

@@ -81,7 +81,8 @@ class _Work:
             return reply.model_copy(update={"latency": found})
         self._session = self._session or self._open()
         if isinstance(task, AccuracyTask):
-            return reply.model_copy(update={"accuracy": accuracy.measure(self._session, task, self._progress)})
+            accuracy.measure(self._session, task, self._progress).save(task.metrics_out)
+            return reply.model_copy(update={"metrics": task.metrics_out})
         return reply.model_copy(update={"generated": generate(self._session, task)})
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from tiny_setting import CHUNKS, LENGTH, Setting
 
 from lilliput.grid import Float
 from targets import accuracy
-from targets.metrics import TokenMetrics
 from targets.request import AccuracyTask
 from targets.runtimes.torch_cpu import Runtime, TorchSession
 
@@ -23,39 +21,36 @@ def session(setting: Setting) -> Iterator[TorchSession]:
     session.close()
 
 
-def task(setting: Setting, out: Path, chunks: int = CHUNKS) -> AccuracyTask:
+def task(setting: Setting, first: int = 0, chunks: int = CHUNKS) -> AccuracyTask:
     return AccuracyTask(
         tokens=setting.float_model.folder.parent / "evaluation" / "tokens.npy",
         scored_from=LENGTH // 2,
+        first=first,
         chunks=chunks,
         reference=setting.float_model.path,
         dequantized=setting.dequantized.path,
-        metrics_out=out,
+        metrics_out=setting.float_model.folder / "unused.npz",
     )
 
 
-def test_a_session_over_the_checkpoint_is_the_dequantized_rung(
-    setting: Setting, session: TorchSession, tmp_path: Path
-) -> None:
+def test_a_session_over_the_checkpoint_is_the_dequantized_rung(setting: Setting, session: TorchSession) -> None:
     """Prefill and single decodes with a cache give what one pass over the chunk gave."""
-    reply = accuracy.measure(session, task(setting, tmp_path / "m.npz"))
-    wanted = setting.dequantized.metrics()
-    assert reply.step_kld < 1e-9
-    assert reply.accuracy.mean_kld == pytest.approx(wanted.mean_kld, rel=1e-4)
-    found = TokenMetrics.load(tmp_path / "m.npz")
+    found, wanted = accuracy.measure(session, task(setting)), setting.dequantized.metrics()
+    assert found.mean_step_kld < 1e-9
+    assert found.mean_kld == pytest.approx(wanted.mean_kld, rel=1e-4)
     np.testing.assert_allclose(found.kld, wanted.kld, atol=1e-6)
     np.testing.assert_allclose(found.reference_nll, wanted.reference_nll, atol=1e-12)
+    np.testing.assert_allclose(found.nll, wanted.nll, atol=1e-5)
 
 
-def test_fewer_chunks_are_the_first_ones(setting: Setting, session: TorchSession, tmp_path: Path) -> None:
-    reply = accuracy.measure(session, task(setting, tmp_path / "m.npz", chunks=1))
-    assert reply.accuracy.tokens == LENGTH // 2
-    assert reply.accuracy.mean_kld == pytest.approx(setting.dequantized.metrics().first(1).mean_kld, rel=1e-4)
+def test_a_range_of_chunks_is_held_against_its_own_references(setting: Setting, session: TorchSession) -> None:
+    found = accuracy.measure(session, task(setting, first=1, chunks=1))
+    np.testing.assert_allclose(found.kld, setting.dequantized.metrics().kld[1:2], atol=1e-6)
 
 
-def test_progress_ends_at_its_total(setting: Setting, session: TorchSession, tmp_path: Path) -> None:
+def test_progress_ends_at_its_total(setting: Setting, session: TorchSession) -> None:
     seen: list[tuple[int, int]] = []
-    accuracy.measure(session, task(setting, tmp_path / "m.npz"), lambda done, total: seen.append((done, total)))
+    accuracy.measure(session, task(setting), lambda done, total: seen.append((done, total)))
     assert seen[0] == (1, CHUNKS * LENGTH // 2)
     assert seen[-1] == (CHUNKS * LENGTH // 2, CHUNKS * LENGTH // 2)
 

@@ -12,8 +12,6 @@ from tiny_setting import CHUNKS, Setting
 from lilliput.grid import QuantizedTensor
 from targets import ladder
 from targets.ladder import Read
-from targets.metrics import TokenMetrics, summarize
-from targets.request import AccuracyReply
 
 
 def as_read(setting: Setting) -> dict[str, QuantizedTensor | np.ndarray]:
@@ -69,25 +67,22 @@ def test_a_float_of_other_bits_differs(setting: Setting) -> None:
     assert ladder.compare_weights(setting.model, read).differing == ("norm",)
 
 
-def reply(metrics: TokenMetrics, step_kld: float) -> AccuracyReply:
-    return AccuracyReply(accuracy=summarize(metrics), step_kld=step_kld)
-
-
 def test_the_exact_rung_on_fewer_chunks_is_moved_to_all_of_them(setting: Setting) -> None:
     """An exact twin that computes just what torch does stands where the dequantized rung stands."""
     dequantized = setting.dequantized.metrics()
-    found = ladder.exact_rung(reply(dequantized.first(1), 1e-9), "", dequantized, 1)
+    found = ladder.exact_rung(dequantized.first(1), "", dequantized)
     assert found.mean_kld == pytest.approx(dequantized.mean_kld, rel=1e-12)
     assert found.tokens == setting.evaluation.scored
     assert f"first 1 of {CHUNKS} chunks" in found.note
-    worse = replace(dequantized.first(1), kld=dequantized.first(1).kld + 0.25)
-    moved = ladder.exact_rung(reply(worse, 0.25), "", dequantized, 1)
+    first = dequantized.first(1)
+    moved = ladder.exact_rung(replace(first, kld=first.kld + 0.25, step_kld=first.step_kld + 0.5), "", dequantized)
     assert moved.mean_kld == pytest.approx(dequantized.mean_kld + 0.25)
+    assert moved.step_kld == pytest.approx(0.5)
 
 
 def test_a_rung_that_was_not_measured_says_why(setting: Setting) -> None:
     dequantized = setting.dequantized.metrics()
-    for found in (ladder.exact_rung(None, "it hung", dequantized, 1), ladder.shipped_rung(None, "it hung")):
+    for found in (ladder.exact_rung(None, "it hung", dequantized), ladder.shipped_rung(None, "it hung")):
         assert (found.mean_kld, found.step_kld, found.tokens, found.note) == (None, None, 0, "it hung")
 
 

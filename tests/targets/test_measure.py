@@ -81,9 +81,11 @@ def test_every_block_has_the_prompt_and_each_depth_from_an_empty_cache(clock: Cl
     assert session.calls == [("prefill", 1), *block * 4]  # the load, the warm-up and three blocks
 
 
-def test_a_slow_session_gets_fewer_blocks_but_two(clock: Clock) -> None:
-    reply, _ = measure.measure(lambda: Paced(clock), 1, TASK.model_copy(update={"blocks": 50, "budget_s": 0.1}))
-    assert reply.latency.depths[0].steps == 2 * TASK.steps
+@pytest.mark.parametrize(("budget_s", "steps"), [(100.0, 3 * 10), (1.05, 3 * 8), (0.1, 2 * 8)])
+def test_a_slow_session_gets_fewer_steps_and_then_fewer_blocks(clock: Clock, budget_s: float, steps: int) -> None:
+    """A block of 8 steps takes 0.33 s: three of them fit into 1.05 s, three of 10 into 100 s; two are always done."""
+    reply, _ = measure.measure(lambda: Paced(clock), 1, TASK.model_copy(update={"budget_s": budget_s}))
+    assert [depth.steps for depth in reply.latency.depths] == [steps, steps]
 
 
 @pytest.mark.parametrize(

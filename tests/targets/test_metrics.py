@@ -55,7 +55,7 @@ def filled(chunks: int = 4, scored: int = 6, vocab: int = 50) -> tuple[TokenMetr
     metrics = TokenMetrics.empty(chunks, scored)
     for c, i in np.ndindex(chunks, scored):
         p, q = log_softmax(reference[c, i], "p"), log_softmax(candidate[c, i], "q")
-        metrics.put(c, i, p, q, int(targets[c, i]))
+        metrics.put(c, i, p, q, int(targets[c, i]), step_kld=float(i))
     return metrics, torch.from_numpy(candidate).double(), torch.from_numpy(targets)
 
 
@@ -90,9 +90,13 @@ def test_metrics_survive_the_file(tmp_path: Path) -> None:
     metrics, _, _ = filled()
     metrics.save(tmp_path / "m.npz")
     again = TokenMetrics.load(tmp_path / "m.npz")
-    for name in ("kld", "agrees", "nll", "reference_nll"):
+    assert again.mean_step_kld == 2.5
+    for name in ("kld", "agrees", "nll", "reference_nll", "step_kld"):
         np.testing.assert_array_equal(getattr(again, name), getattr(metrics, name))
     assert again.first(2).kld.shape == (2, 6)
+    joined = TokenMetrics.concatenate([again.first(1), again])
+    np.testing.assert_array_equal(joined.nll[1:], metrics.nll)
+    np.testing.assert_array_equal(joined.agrees[0], metrics.agrees[0])
 
 
 def test_the_interval_draws_whole_chunks() -> None:
