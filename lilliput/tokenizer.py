@@ -188,21 +188,13 @@ def _pair(line: str) -> tuple[str, str]:
 
 
 def _pre_tokenizer(rule: PreTokenizerRule) -> PreTokenizer:
-    """The rule in the shape that the models' own tokenizer.json files have: GPT-2's regex is ByteLevel's own,
-    single digits are Digits, the rest are Splits. Other readers of tokenizer.json know these shapes."""
+    """One Split for each expression, then bytes. GPT-2's could stand as ByteLevel's own, and single digits as Digits,
+    but onnxruntime-genai reads those shapes differently (digits of other scripts, runs of spaces); this one it
+    reads as `tokenizers` does."""
     from tokenizers import Regex, pre_tokenizers
 
-    *first, last = rule.patterns
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=last == _GPT2)
-    parts: list[PreTokenizer] = []
-    for pattern in first if last == _GPT2 else rule.patterns:
-        digits = pattern == r"\p{N}"
-        parts.append(
-            pre_tokenizers.Digits(individual_digits=True)
-            if digits
-            else pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        )
-    return pre_tokenizers.Sequence([*parts, byte_level]) if parts else byte_level
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
