@@ -93,7 +93,7 @@ def load(path: Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ArtifactError(f"{file}: not a report of this version ({where}: {first['msg']})") from error
+        raise ArtifactError(f"{file}: not a report of this version ({where}: {first['msg']}): run again") from error
 
 
 def write(report: Report, out: Path) -> None:

@@ -58,6 +58,13 @@ def test_a_local_build_of_the_tested_version_is_ok() -> None:
     assert doctor._package_check("", {"torch": "2.13.0+cpu"}, TORCH).status == "ok"
 
 
+def test_a_checkout_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    check = only(doctor._packages())
+    assert check.status == "missing"
+    assert "pip install --editable" in check.fix
+
+
 def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * 2**30, available=2**30))
     monkeypatch.setattr(doctor, "_cgroup_limit_bytes", lambda: None)
