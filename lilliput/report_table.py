@@ -80,7 +80,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield _provenance(report)
     notes = [*report.notes, *(f"{t.name}: {note}" for t in report.targets for note in t.notes)]
     if notes:
-        yield from ("", "Kept in float, refused or not proven:", "")
+        yield from ("", "What was proven, refused, or kept in float:", "")
         yield from (f"- {note}" for note in notes)
 
 
