@@ -51,9 +51,9 @@ class Exporter:
         from exporters.litert_int8 import flatbuffer, lowering, weights
 
         assert isinstance(options, Options)
-        self._check(model)
         prefill, decode = traced.signature("prefill"), traced.signature("decode")
         context, chunk = decode.inputs[2].shape[2], prefill.inputs[0].shape[0]
+        self._check(model, context, chunk)
         file, held = flatbuffer.Model(), weights.Weights(model, exact)
         lowering.lower(file, traced, held, "decode", decode, context)
         lowering.lower(file, traced, held, f"prefill_{chunk}", prefill, context)
@@ -69,7 +69,13 @@ class Exporter:
 
         return weights.read(artifact.path)
 
-    def _check(self, model: QuantizedModel) -> None:
+    def _check(self, model: QuantizedModel, context: int, chunk: int) -> None:
+        if chunk > context:
+            raise ExportError(f"prefill of {chunk} tokens into a cache of {context}: choose prefill ≤ context")
+        if model.config.positions == "learned" and context > model.config.max_positions:
+            raise ExportError(
+                f"context {context}: {model.name} has learned {model.config.max_positions} positions, choose no more"
+            )
         for name, tensor in model.quantized.items():
             reason = self.refuses(tensor.spec, role_of(name), tensor.shape)
             if reason is not None:

@@ -12,6 +12,7 @@ is how both signatures hold the weights once.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,12 @@ import numpy as np
 import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
+from lilliput.errors import ArtifactError
+
 ALIGNMENT = 64
 INLINE_BYTES = 1024  # shapes and other small constants stay inside the flatbuffer
 SCHEMA_VERSION = 3
+IDENTIFIER = b"TFL3"
 DESCRIPTION = "Lilliput"
 
 Array = npt.NDArray[Any]
@@ -115,7 +119,7 @@ class Model:
         model.signatureDefs = [graph.signature(i) for i, graph in enumerate(self._graphs)]
         model.buffers = [_buffer(data, places.get(i)) for i, data in enumerate(self._buffers)]
         builder = flatbuffers.Builder(1 << 20)
-        builder.Finish(model.Pack(builder), b"TFL3")
+        builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
 
 
@@ -253,8 +257,7 @@ class StoredTensor:
 
 def read_constants(path: Path) -> Iterator[StoredTensor]:
     """Every named constant of the file's first subgraph and of those after it, each once."""
-    raw = np.memmap(path, dtype=np.uint8, mode="r")
-    model = schema.ModelT.InitFromPackedBuf(raw, 0)
+    raw, model = _open(path)
     seen: set[str] = set()
     for graph in model.subgraphs:
         for tensor in graph.tensors:
@@ -264,6 +267,23 @@ def read_constants(path: Path) -> Iterator[StoredTensor]:
                 continue
             seen.add(name)
             yield StoredTensor(name, _type_name(tensor.type), _shape(tensor), data, _scales(raw, model, graph, tensor))
+
+
+def _open(path: Path) -> tuple[npt.NDArray[np.uint8], Any]:
+    """The file's bytes, mapped, and its flatbuffer. Raises ArtifactError where it is no whole `.tflite`."""
+    if not path.is_file() or path.stat().st_size < 8:
+        raise ArtifactError(f"{path}: no .tflite file")
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    if raw[4:8].tobytes() != IDENTIFIER:
+        raise ArtifactError(f"{path}: not a .tflite file (its identifier is not {IDENTIFIER.decode()})")
+    try:
+        model = schema.ModelT.InitFromPackedBuf(raw, 0)
+    except (struct.error, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: a damaged .tflite file ({error})") from error
+    end = max((b.offset + b.size for b in model.buffers), default=0)
+    if end > len(raw):
+        raise ArtifactError(f"{path}: truncated: {len(raw)} bytes, its buffers end at {end}")
+    return raw, model
 
 
 def _type_name(number: int) -> str:

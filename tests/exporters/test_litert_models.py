@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tiny_models import tiny_source
 from exporters.litert_int8 import BUNDLE_FILE, Exporter, flatbuffer
 from exporters.litert_int8.weights import store
 from lilliput.artifact import sha256
-from lilliput.errors import ExportError
+from lilliput.errors import ArtifactError, ExportError
 from lilliput.grid import QuantizedTensor
 from lilliput.model import QuantizedModel
 from targets.runtimes.litert_cpu import delegation
@@ -131,6 +132,30 @@ def test_a_grid_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"layers\.0\.attention\.q: LiteRT has one scale per channel for 8-bit"):
         export(given, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_more_positions_than_were_learned_are_refused(tmp_path: Path) -> None:
+    given = solved(tmp_path, "gpt2", "common")
+    short = dataclasses.replace(given, config=dataclasses.replace(given.config, max_positions=CONTEXT - 1))
+    with pytest.raises(ExportError, match=f"context {CONTEXT}: tiny-gpt2 has learned {CONTEXT - 1} positions"):
+        export(short, tmp_path / "out")
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    artifact = export(solved(tmp_path, "grouped", "common"), tmp_path / "out")
+    whole = artifact.path.read_bytes()
+    artifact.path.write_bytes(whole[:-100])
+    with pytest.raises(ArtifactError, match="truncated"):
+        Exporter().read(artifact)
+    artifact.path.write_bytes(b"GGUF" + whole[4:1000].replace(b"TFL3", b"none"))
+    with pytest.raises(ArtifactError, match=r"not a \.tflite file"):
+        Exporter().read(artifact)
+    artifact.path.write_bytes(whole[:2000])
+    with pytest.raises(ArtifactError, match="damaged"):
+        Exporter().read(artifact)
+    artifact.path.unlink()
+    with pytest.raises(ArtifactError, match=r"no \.tflite file"):
+        Exporter().read(artifact)
 
 
 TENSORFLOW = """
