@@ -36,9 +36,9 @@ FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 class SearchOptions(SolverOptions):
     """Options of every solver that searches scales. `candidates` 1 with `refine` 0 is plain max-abs rounding."""
 
-    candidates: int = 32
-    low: float = 0.6
-    high: float = 1.1
+    candidates: int = 24
+    low: float = 0.65
+    high: float = 1.2
     refine: int = 2  # least-squares steps after the search
     negative_scales: bool = False
 
@@ -66,6 +66,13 @@ class Blocks:
         if self.spec.offset == "none":
             return q * self.s
         return (q - self.o) * self.s if self.spec.offset == "zero_point" else q * self.s + self.o
+
+    def at(self, block: int) -> Blocks:
+        """One block's, of s and o whose first axis is the blocks."""
+        return Blocks(self.spec, self.s[block], self.o[block])
+
+    def transposed(self) -> Blocks:
+        return Blocks(self.spec, self.s.T.contiguous(), self.o.T.contiguous())
 
     def spread(self) -> Blocks:
         """With a last axis of one, to stand against the weights of the blocks."""
@@ -151,7 +158,7 @@ def _candidates(w: Tensor, spec: GridSpec, options: SearchOptions) -> Iterator[B
             yield Blocks(spec, s, (-low * r / s).round_().clamp_(0, spec.qmax))
         else:
             middle = (low + high) / 2
-            yield Blocks(spec, s, _round(middle - s * (spec.qmax / 2), spec))
+            yield Blocks(spec, s, round_to(middle - s * (spec.qmax / 2), spec))
 
 
 def _least_squares(w: Tensor, h: Tensor, q: Tensor, blocks: Blocks) -> Blocks:
@@ -163,7 +170,7 @@ def _least_squares(w: Tensor, h: Tensor, q: Tensor, blocks: Blocks) -> Blocks:
         centred = q - mean_q.unsqueeze(-1)
         s = _divide((centred * h * w).sum(-1), (centred.square() * h).sum(-1), blocks.s)
         s = _scale(s, spec)
-        return Blocks(spec, s, _round(mean_w - s * mean_q, spec))
+        return Blocks(spec, s, round_to(mean_w - s * mean_q, spec))
     steps = q - blocks.o.unsqueeze(-1)
     s = _divide((steps * h * w).sum(-1), (steps.square() * h).sum(-1), blocks.s)
     return Blocks(spec, _scale(s, spec), blocks.o)
@@ -176,13 +183,14 @@ def _divide(top: Tensor, bottom: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(usable, ratio, fallback)
 
 
-def _round(x: Tensor, spec: GridSpec) -> Tensor:
+def round_to(x: Tensor, spec: GridSpec) -> Tensor:
+    """Scales or minima (any shape) rounded to the grid's scale dtype."""
     return torch.from_numpy(round_scale(x.numpy(), spec.scale_dtype))
 
 
 def _scale(x: Tensor, spec: GridSpec) -> Tensor:
     """Scales on the grid's dtype, never zero: 1 for an exact zero, the least number for one that rounds to zero."""
     tiny = FLOAT32_TINY if spec.scale_dtype == "float32" else FLOAT16_TINY
-    rounded = _round(x, spec)
+    rounded = round_to(x, spec)
     rounded = torch.where(rounded.abs() < tiny, torch.copysign(torch.full_like(x, tiny), x), rounded)
     return torch.where(x == 0, torch.ones_like(x), rounded)

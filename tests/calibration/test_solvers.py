@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from calibration import gptq, rtn
 from calibration.base import InputStatistics, Solver
@@ -92,16 +91,15 @@ def best_by_brute_force(weights: Float, spec: GridSpec, importance: Float) -> fl
     return float((importance * (codes * scales[:, None] - weights) ** 2).sum(1).min())
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10**6), st.integers(16, 32))
-def test_search_is_close_to_the_optimum_of_all_scales(seed: int, cols: int) -> None:
-    rng, spec = np.random.default_rng(seed), grid("int4-b32")
-    weight, importance = matrix(8, cols, seed), rng.uniform(0.1, 3, cols).astype(np.float32)
+@pytest.mark.parametrize("cols", [16, 32])
+def test_search_is_close_to_the_optimum_of_all_scales(cols: int) -> None:
+    rng, spec = np.random.default_rng(cols), grid("int4-b32")
+    weight, importance = matrix(200, cols), rng.uniform(0.1, 3, cols).astype(np.float32)
     tensor = nearest(weight, find_blocks(weight, spec, importance, rtn.Options()))
     errors = (importance * (weight - tensor.dequantize()) ** 2).sum(1)
-    optima = [best_by_brute_force(row, spec, importance) for row in weight]
-    assert all(error >= optimum * 0.999 - 1e-12 for error, optimum in zip(errors, optima, strict=True))
-    assert errors.sum() <= 1.1 * sum(optima)
+    optima = np.array([best_by_brute_force(row, spec, importance) for row in weight])
+    assert (errors >= optima * 0.999).all()
+    assert errors.sum() <= 1.05 * optima.sum()
 
 
 def test_nearest_codes_are_the_best_codes_for_their_scale() -> None:
@@ -151,7 +149,7 @@ def sequential_gptq(weight: Float, tensor: QuantizedTensor, moments: Float, damp
 @pytest.mark.parametrize("activation_order", [True, False])
 def test_cholesky_form_gives_the_codes_of_the_sequential_form(activation_order: bool) -> None:
     weight, found = matrix(6, 150), statistics(150)
-    tensor = solve(gptq.Solver(), weight, "int4-b32", found, activation_order=activation_order)
+    tensor = solve(gptq.Solver(), weight, "int4-b32", found, activation_order=activation_order, rounds=0)
     order = list(range(150))
     if activation_order:
         order = np.argsort(-np.diag(found.second_moments), kind="stable").tolist()
@@ -159,10 +157,32 @@ def test_cholesky_form_gives_the_codes_of_the_sequential_form(activation_order: 
     assert (tensor.codes != expected).mean() <= 0.002  # a tie may fall to the other side in float32
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_coordinate_descent_never_raises_the_loss(name: str) -> None:
+    weight, found = matrix(32, 150), statistics(150)
+    damped = replace(found, second_moments=gptq.damped(torch.from_numpy(found.second_moments), 0.01).numpy())
+    losses = [loss(weight, solve(gptq.Solver(), weight, name, found, rounds=n), damped) for n in (0, 1, 2, 4)]
+    assert losses[1] < losses[0]
+    assert losses[2] <= losses[1] * 1.000001
+    assert losses[3] <= losses[2] * 1.000001
+
+
+def test_coordinate_descent_ends_where_no_single_code_is_better() -> None:
+    weight, found, spec = matrix(3, 12), statistics(12), grid("int2-b4")
+    h = gptq.damped(torch.from_numpy(found.second_moments), 0.01).numpy()
+    damped = replace(found, second_moments=h)
+    tensor = solve(gptq.Solver(), weight, spec.name, found, rounds=50)
+    least = loss(weight, tensor, damped)
+    for row, col, code in itertools.product(range(3), range(12), range(spec.qmin, spec.qmax + 1)):
+        codes = tensor.codes.copy()
+        codes[row, col] = code
+        assert loss(weight, QuantizedTensor(spec, codes, tensor.scales), damped) >= least * 0.99999
+
+
 def test_without_correlation_gptq_is_round_to_nearest() -> None:
     weight, found = matrix(8, 96), statistics(96)
     diagonal = InputStatistics(np.diag(np.diag(found.second_moments)), found.minimum, found.maximum, found.count)
-    solved = solve(gptq.Solver(), weight, "int4-b32", diagonal)
+    solved = solve(gptq.Solver(), weight, "int4-b32", diagonal, rounds=0)
     assert solved.same_as(solve(rtn.Solver(), weight, "int4-b32", diagonal, weighted=True))
 
 
