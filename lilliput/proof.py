@@ -6,7 +6,9 @@ file is read by transformers' own import of its weights (which is right, unlike 
 
 from __future__ import annotations
 
-from contextlib import redirect_stderr
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +66,7 @@ def _their_logits(source: SourceModel, original: Path, tokens: Tensor, allow_rem
     import torch
 
     try:
-        with redirect_stderr(StringIO()):  # progress bars of their own
+        with _quietly():
             model = (
                 _their_gguf_model(source.config, original)
                 if original.is_file()
@@ -78,6 +80,18 @@ def _their_logits(source: SourceModel, original: Path, tokens: Tensor, allow_rem
     with torch.no_grad():
         logits: Tensor = model.eval()(tokens).logits
     return logits
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without progress bars of their own, and the warnings of what they import on the way (torchao, where it is)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _their_model(folder: Path, allow_remote_code: bool) -> nn.Module:
