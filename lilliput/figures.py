@@ -102,8 +102,9 @@ def metric(name: Metric | str, value: float | None) -> str:
         return NONE
     if name == "top1_agreement":
         return percent(value)
-    unit = UNITS.get(name, "")
-    return f"{number(value)} {unit}".strip()
+    if name not in UNITS and value == int(value):
+        return f"{int(value):,}"  # a count
+    return f"{number(value)} {UNITS.get(name, '')}".strip()
 
 
 def limit(gate: GateResult) -> str:

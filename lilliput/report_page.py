@@ -67,8 +67,14 @@ def html(report: Report) -> str:
     """The whole page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    scored = max((t.accuracy.tokens for t in report.targets if t.accuracy), default=0)
     return environment.from_string(source).render(
-        report=report, headline=headline(report), targets=_views(report.targets), figures=figures, facts=_facts(report)
+        report=report,
+        headline=headline(report),
+        targets=_views(report.targets),
+        scored=scored,
+        facts=_facts(report),
+        figures=figures,
     )
 
 

@@ -160,26 +160,31 @@ FINDING_COLOURS = {"better": "green", "worse": "red"}
 
 
 def show_comparison(found: Comparison) -> None:
-    """One table a target: A, B, the change, and what it means."""
+    """One table a target: A, B, the change, and what it means; why it means nothing stands below."""
     out = console()
     out.print(f"A {found.a}\nB {found.b}", markup=False, soft_wrap=True)
+    reasons = list(dict.fromkeys(d.note for target in found.targets for d in target.differences if d.note))
     for target in found.targets:
         made = table(target.name, "A", "B", "change", "B is")
         made.add_row("verdict", _coloured(target.verdict_a), _coloured(target.verdict_b), "", "")
         for difference in target.differences:
-            made.add_row(*_difference(difference))
+            made.add_row(*_difference(difference, reasons))
         out.print()
         out.print(made)
+    out.print()
+    for number, reason in enumerate(reasons, start=1):
+        out.print(f"({number}) {reason}", markup=False, soft_wrap=True)
     for note in found.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 
 
-def _difference(found: Difference) -> tuple[str, ...]:
-    a, b = (figures.metric(found.metric, value) for value in (found.a, found.b))
+def _difference(found: Difference, reasons: Sequence[str]) -> tuple[str, ...]:
+    share = found.metric == "top1_agreement"  # the other names say their unit
+    a, b = ((figures.percent if share else figures.number)(value) for value in (found.a, found.b))
     change = f"{100 * (found.b / found.a - 1):+.1f} %" if found.a and found.b is not None else ""
     colour = FINDING_COLOURS.get(found.finding)
     meaning = f"[{colour}]{found.finding}[/]" if colour else found.finding
-    return found.metric, a, b, change, f"{meaning} ({escape(found.note)})" if found.note else meaning
+    return found.metric, a, b, change, f"{meaning} ({reasons.index(found.note) + 1})" if found.note else meaning
 
 
 def talk(conversation: Conversation, prompt: str | None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from sample_report import failing, inconclusive, latency, passing, report
 
+from lilliput import terminal
 from lilliput.compare import Comparison, compare
 from lilliput.errors import ArtifactError
 from lilliput.report import Report, write
@@ -107,3 +109,12 @@ def test_no_common_target_is_an_error(tmp_path: Path) -> None:
     a, b = report(passing(), failing()), report(inconclusive())
     with pytest.raises(ArtifactError, match="no target in common: gguf, litert against onnx"):
         compared(tmp_path, a, b)
+
+
+def test_table_says_below_why_a_figure_does_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = compared(tmp_path, report(inconclusive()), report(changed(inconclusive(), accuracy=None)))
+    terminal.show_comparison(found)
+    out = capsys.readouterr().out
+    assert re.search(r"^decode_tokens_per_s +104 +104 +\+0\.0 % +not comparable \(1\)$", out, re.MULTILINE)
+    assert re.search(r"^mean_kld +0\.107 +– +not comparable \(3\)$", out, re.MULTILINE)
+    assert "(1) a machine was not at rest: probe 9.8 to 14.1 ms\n(2) within noise, 3 %\n(3) not measured\n" in out
