@@ -68,7 +68,7 @@ def compare(a: Path, b: Path) -> Comparison:
     """Raises ArtifactError where a side is no run, or the two have no target in common."""
     left, right = side(a), side(b)
     if len(left.targets) == len(right.targets) == 1:
-        pairs = [(*left.targets, *right.targets)]
+        pairs = list(zip(left.targets, right.targets, strict=True))
     else:
         pairs = [(name, name) for name in left.targets if name in right.targets]
     if not pairs:
@@ -168,17 +168,24 @@ def _noisy(
 
 def _losses(a: Accuracy | None, b: Accuracy | None, same_text: bool) -> Iterator[Difference]:
     for metric, more_is_better in (("mean_kld", False), ("top1_agreement", True), ("perplexity", False)):
-        x, y = (getattr(accuracy, metric) if accuracy else None for accuracy in (a, b))
         if a is None or b is None:
+            x, y = (getattr(accuracy, metric) if accuracy else None for accuracy in (a, b))
             yield Difference(metric=metric, a=x, b=y, finding="not comparable", note="not measured")
-        elif not same_text or a.tokens != b.tokens:
-            yield Difference(metric=metric, a=x, b=y, finding="not comparable", note="different evaluation texts")
-        elif x == y:
-            yield Difference(metric=metric, a=x, b=y, finding="same")
-        elif _overlap(a, b, metric):
-            yield Difference(metric=metric, a=x, b=y, finding="not significant", note="the 95 % intervals overlap")
         else:
-            yield Difference(metric=metric, a=x, b=y, finding="better" if (y > x) == more_is_better else "worse")
+            yield _loss(metric, a, b, more_is_better, same_text and a.tokens == b.tokens)
+
+
+def _loss(metric: str, a: Accuracy, b: Accuracy, more_is_better: bool, same_text: bool) -> Difference:
+    x, y = float(getattr(a, metric)), float(getattr(b, metric))
+    finding: Finding = "better" if (y > x) == more_is_better else "worse"
+    note = ""
+    if not same_text:
+        finding, note = "not comparable", "different evaluation texts"
+    elif x == y:
+        finding = "same"
+    elif _overlap(a, b, metric):
+        finding, note = "not significant", "the 95 % intervals overlap"
+    return Difference(metric=metric, a=x, b=y, finding=finding, note=note)
 
 
 def _overlap(a: Accuracy, b: Accuracy, metric: str) -> bool:

@@ -101,8 +101,8 @@ def requirements() -> dict[str, tuple[str, ...]]:
 def _packages() -> Iterator[Check]:
     """One check per extra: the base is needed, of extras at least one (see _runtimes)."""
     if _version("lilliput") is None:
-        seen = f"lilliput runs from {ROOT} without being installed, so its requirements are not known"
-        yield Check("packages", "missing", seen, f'pip install --editable "{ROOT}[all]"')
+        where = f"lilliput runs from {ROOT} without being installed, so its requirements are not known"
+        yield Check("packages", "missing", where, f'pip install --editable "{ROOT}[all]"')
         return
     wanted, tested = requirements(), constraints()
     for extra in ("", *EXTRAS, "data"):
