@@ -458,6 +458,20 @@ def test_a_damaged_stage_is_refused(damage: str, llama_folder: Path, tmp_path: P
         source.open_stage(tmp_path / "stage")
 
 
+def test_a_stage_without_its_tokenizer_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    source.load(str(llama_folder), tmp_path / "stage", proof=False)
+    (tmp_path / "stage" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"no tokenizer/tokenizer\.json"):
+        source.open_stage(tmp_path / "stage")
+
+
+def test_a_stage_of_other_parameters_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    source.load(str(llama_folder), tmp_path / "stage", proof=False)
+    edit(tmp_path / "stage" / "config.json", num_layers=3)
+    with pytest.raises(SourceError, match="does not hold the parameters of config"):
+        source.open_stage(tmp_path / "stage")
+
+
 def test_a_hub_id_is_downloaded_with_the_needed_files_only(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

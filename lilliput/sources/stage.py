@@ -140,6 +140,8 @@ def open_stage(folder: Path) -> SourceModel:
             f"{folder}: not a source stage ({type(error).__name__}: {error}), wanted weights.safetensors, config.json, "
             "tokenizer/ and source.json: run the stage anew"
         ) from error
+    if not (model.tokenizer / "tokenizer.json").is_file():
+        raise SourceError(f"{folder}: no tokenizer/tokenizer.json, wanted a whole source stage: run the stage anew")
     if set(model.weights) != set(model.config.parameter_shapes()):
         raise SourceError(
             f"{folder}: weights.safetensors does not hold the parameters of config.json: run the stage anew"
