@@ -5,8 +5,8 @@ by one; the error of each is spread over the columns not yet rounded. With H‚Åª¬
 (the Cholesky factor of the inverse), rounding column j by e = (w_j - v_j) / U_jj changes the columns after
 it by -e U_j,j+1: .
 
-- Damping: `damping` times the mean of H's diagonal is added to it. An input that is always zero gets a
-  diagonal of one: its weights round to nearest and disturb nothing.
+- Damping: `damping` times the mean of H's diagonal is added to it. An input that is always zero gets that
+  mean: its weights round to nearest and disturb nothing.
 - Activation order: columns go by falling H_jj, so that what matters most is rounded while all others can
   still make up for it.
 - Static groups: scales and offsets are chosen before, by the search of calibration.scale_search weighted by
@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from calibration.base import InputStatistics, SolverOptions
@@ -37,9 +38,9 @@ MAX_DAMPING = 10.0
 
 
 class Options(SearchOptions):
-    damping: float = 0.01
+    damping: float = Field(default=0.01, ge=0, le=MAX_DAMPING)
     activation_order: bool = True
-    rounds: int = 2  # of coordinate descent
+    rounds: int = Field(default=2, ge=0)  # of coordinate descent
 
 
 class Solver:

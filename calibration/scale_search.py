@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from calibration.base import SolverOptions
@@ -36,10 +37,10 @@ FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 class SearchOptions(SolverOptions):
     """Options of every solver that searches scales. `candidates` 1 with `refine` 0 is plain max-abs rounding."""
 
-    candidates: int = 24
-    low: float = 0.65
-    high: float = 1.2
-    refine: int = 2  # least-squares steps after the search
+    candidates: int = Field(default=24, ge=1)
+    low: float = Field(default=0.65, gt=0)
+    high: float = Field(default=1.2, gt=0)
+    refine: int = Field(default=2, ge=0)  # least-squares steps after the search
     negative_scales: bool = False
 
 

@@ -177,7 +177,9 @@ class Moments:
         self.count += len(x)
 
     def arrays(self, name: str) -> dict[str, Float]:
-        """What is stored of input `name`."""
+        """What is stored of input `name`. Raises CalibrationError where the model's own numbers overflowed."""
+        if not (self.minimum.isfinite().all() and self.maximum.isfinite().all()):
+            raise CalibrationError(f"the float model gives NaN or infinite values at {name}: nothing can be calibrated")
         upper = self.total.triu()
         mean = (upper + upper.triu(1).T) / self.count
         parts = {"second_moments": mean.float(), "minimum": self.minimum, "maximum": self.maximum}

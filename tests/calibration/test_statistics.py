@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,13 @@ def test_linears_of_one_input_share_their_statistics(tmp_path: Path) -> None:
     for shared in (("attention.q", "attention.k", "attention.v"), ("mlp.gate", "mlp.up")):
         first, *others = (found[f"layers.1.{name}"].second_moments for name in shared)
         assert all(np.array_equal(first, other) for other in others)
+
+
+def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path)
+    broken = {**source.weights, "layers.1.mlp_norm": source.weights["layers.1.mlp_norm"] * np.float32(np.inf)}
+    with pytest.raises(CalibrationError, match=r"NaN or infinite values at mlp\.input"):
+        gather(replace(source, weights=broken), random_samples(source), tmp_path / "stage")
 
 
 def test_a_folder_without_statistics_is_refused(tmp_path: Path) -> None:
