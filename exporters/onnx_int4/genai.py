@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# No memory pattern: ONNX Runtime makes one for every new input shape, and the mask widens at each step.
+SESSION_OPTIONS = {"log_id": "onnxruntime-genai", "provider_options": [], "enable_mem_pattern": False}
 NAMES = {
     "inputs": {
         "input_ids": "input_ids",
@@ -95,7 +97,7 @@ def _decoder(config: DecoderConfig, main_file: str) -> dict[str, Any]:
     positions = {"position_ids": "position_ids"} if config.positions == "learned" else {}
     return {
         "filename": main_file,
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": SESSION_OPTIONS,
         "hidden_size": config.hidden_size,
         "head_size": config.head_dim,
         "num_attention_heads": config.num_heads,
