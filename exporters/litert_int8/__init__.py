@@ -5,7 +5,7 @@ scales as they are (packing.py); nothing converts or quantizes on the way. Signa
 and shapes that LiteRT-LM expects (C context, T = n tokens of `prefill_<n>`, 1 in `decode`):
 
     in    tokens (1, T) int32, input_pos (T,) int32, mask (1, 1, T, C) float32 added to the scores,
-          kv_cache_k_{i} (1, K, C, D), kv_cache_v_{i} (1, K, D, C) float32
+          kv_cache_k_{i} and kv_cache_v_{i} (1, K, C, D) float32, for K KV heads of D
     out   logits (1, 1, vocab) float32 (decode only), and the caches under their names
 
 Files: model.tflite, which is the artifact's main file, and bundle.litertlm, which holds the same bytes

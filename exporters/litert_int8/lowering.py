@@ -3,23 +3,26 @@
 Shapes below: T tokens, H query heads, K KV heads, g = H / K, D head_dim, C context. Batch is 1.
 
 Linears that read the same value (q, k, v; gate, up) become one FULLY_CONNECTED, cut apart afterwards: one
-quantization of the activation and one parallel region instead of three. LiteRT keeps the
-parts' names and rows in the weight's name, `layers.0.attention.q:576+layers.0.attention.k:192+…`.
+quantization of the activation and one parallel region instead of three (decode at int8: 103 → 125 tokens/s).
+The parts' names and rows stand in the weight's name, `layers.0.attention.q:576+layers.0.attention.k:192+…`.
 
 Rotary embedding is x * cos + swap(x) * sin, swap exchanging the halves of a head and the sign of the
 first half lying in the sin table: the same products and sums as the half-split form, bit for bit.
 cos and sin of a step's positions are one lookup in one table (C, 2 D).
 
-The caches are LiteRT-LM's: keys (1, K, C, D) and values *transposed*, (1, K, D, C). New entries are written
-by DYNAMIC_UPDATE_SLICE at input_pos[0]: T positions from there on, whatever input_pos says of the rest.
+Both caches are (1, K, C, D). New entries are written by DYNAMIC_UPDATE_SLICE at input_pos[0]: T positions
+from there on, whatever input_pos says of the rest (a start beyond C - T is moved back to it, so a caller must
+not prefill past the end).
 
-Attention never repeats the KV heads: queries are grouped per KV head, (1, K, g T, D). A batch matrix product in
-XNNPACK reads its left side as it lies and repacks its right side. In decode the
-caches (large) therefore stand left and the few queries right,
+Attention never repeats the KV heads: queries are grouped per KV head, (1, K, g T, D), for a repeated cache is
+a BROADCAST_TO, which no delegate takes. A batch matrix product in XNNPACK repacks its right side at every call;
+how fast depends on the layout. Measured for a decode step, 30 layers, C = 1024, K = 3, D = 64, one AVX-512 core:
 
-    scores^T = keys (C, D) @ q^T (D, g)         y^T = values (D, C) @ p^T (C, g)
+    scores  q @ keys^T    keys (C, D)          2.6 ms      keys (D, C), no transpose     4.3 ms
+    y       p @ values    values (C, D)        2.7 ms      values (D, C), transposed     4.0 ms
+    the caches as left sides, which are not repacked (the products come out transposed): 3.8 ms and 4.5 ms
 
-and only (C, g) and (D, g) are transposed; in prefill the queries are many and the caches stand right, as usual.
+LiteRT-LM takes the values in either layout (litert-torch's own default is (D, C)).
 
 What XNNPACK does not take: lookups, the int32 arithmetic of the write position, and the cache updates. Within a layer
 both updates lie side by side, so that a graph of L layers has L + 1 delegated parts.
