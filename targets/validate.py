@@ -188,7 +188,10 @@ def _measure(
         artifact=ArtifactReference.of(candidate.artifact),
         runtime=place.runtime,
         threads=threads,
-        tasks=(_latency_task(candidate.artifact, references.evaluation, protocol), _generate_task(smoke)),
+        tasks=(
+            _latency_task(candidate.artifact, references.evaluation, protocol),
+            _generate_task(candidate.artifact, smoke),
+        ),
     )
     try:
         return _Measured(scored["shipped"], exact, place.run(request, _share(progress, 95, 100)))
@@ -232,8 +235,11 @@ def _latency_task(artifact: Artifact, evaluation: EvaluationSet, protocol: Proto
     )
 
 
-def _generate_task(smoke: Smoke) -> GenerateTask:
-    return GenerateTask(prompt=smoke.tokens, max_tokens=smoke.max_tokens, stop_tokens=smoke.stop_tokens)
+def _generate_task(artifact: Artifact, smoke: Smoke) -> GenerateTask:
+    """Prompt and continuation fit into the cache: a small context shortens the prompt first, then the continuation."""
+    prompt = smoke.tokens[: max(1, artifact.context - smoke.max_tokens)]
+    room = artifact.context - len(prompt)
+    return GenerateTask(prompt=prompt, max_tokens=min(smoke.max_tokens, room), stop_tokens=smoke.stop_tokens)
 
 
 def _result(

@@ -127,6 +127,17 @@ def test_a_runtime_that_crashes_leaves_an_inconclusive_result_with_the_reason(
     assert [g.verdict for g in found.gates] == ["PASS"] + ["INCONCLUSIVE"] * 5
 
 
+def test_the_smallest_context_has_room_for_every_task(setting: Setting, rogue: Path, tmp_path: Path) -> None:
+    subject = rogue_candidate(setting, rogue, "sound")
+    small = replace(subject, artifact=replace(subject.artifact, context=8))
+    found = run(setting, small, tmp_path / "v", runtime="rogue", smoke=replace(smoke(), max_tokens=24))
+    assert found.latency is not None
+    assert all(d.depth_tokens + d.steps // 2 <= 8 for d in found.latency.depths)  # two blocks
+    assert found.latency.prompt_tokens == 8
+    assert found.generation is not None
+    assert len(found.generation.tokens) == 7
+
+
 @pytest.mark.parametrize(("float_tokens", "verdict"), [((3,) * 6, "PASS"), ((3, 4), "FAIL")])
 def test_one_token_over_and_over_fails_unless_the_float_model_does_so(
     setting: Setting, rogue: Path, tmp_path: Path, float_tokens: tuple[int, ...], verdict: str
