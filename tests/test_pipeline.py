@@ -185,7 +185,8 @@ def test_what_changes_decides_what_is_done(undisturbed: Undisturbed, tmp_path: P
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_damaged_result_is_made_anew_when_it_is_needed(undisturbed: Undisturbed, tmp_path: Path, damage: str) -> None:
     """The checkpoint loses bytes or has some changed; the validation that reads it is asked for again."""
-    (codes,) = undisturbed.cache.glob("quantize/*/codes.safetensors")
+    key = manifest.read(undisturbed.out / "onnx").stages["quantize:int4-b32+int8-channel"]
+    codes = undisturbed.cache / "quantize" / key / "codes.safetensors"
     content = codes.read_bytes()
     codes.write_bytes(content[:-8] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
     threads = {"truncated": 1, "changed": 2}[damage]
