@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 import tiny_recipe
 
 from lilliput import manifest, report
+from lilliput.results import TargetResult
 
 TARGETS = ("onnx", "litert", "gguf")
 COMMON = [
@@ -195,3 +197,28 @@ def test_a_damaged_result_is_made_anew_when_it_is_needed(undisturbed: Undisturbe
     assert "quantize:int4-b32+int8-channel" in events.of(0, "built")
     assert "export:onnx" not in events.of(0, "built")
     assert codes.read_bytes() == content
+
+
+def prove_again(undisturbed: Undisturbed, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lilliput", "validate", str(folder), "--json"]
+    environment = os.environ | {"LILLIPUT_CACHE": str(undisturbed.cache)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_an_artifact_is_proven_again_wherever_it_lies(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed.out / "onnx", tmp_path / "moved")
+    done = prove_again(undisturbed, folder)
+    assert done.returncode in (0, 3), done.stderr
+    again, first = TargetResult.model_validate_json(done.stdout), manifest.read(folder).result
+    assert (again.artifact, again.accuracy) == (first.artifact, first.accuracy)
+    assert [gate.name for gate in again.gates] == [gate.name for gate in first.gates]
+    assert manifest.changes(manifest.read(folder), folder) == [], "nothing is written beside the artifact"
+
+
+def test_a_changed_artifact_is_not_proven(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed.out / "gguf", tmp_path / "changed")
+    main_file = folder / manifest.read(folder).artifact.main_file
+    main_file.write_bytes(main_file.read_bytes()[:-1] + b"\x00\x01")
+    done = prove_again(undisturbed, folder)
+    assert done.returncode == 2
+    assert f"{main_file.name} has changed" in done.stderr

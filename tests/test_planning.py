@@ -55,8 +55,8 @@ def test_planned_sizes_are_the_exact_bytes_of_codes_scales_and_floats(tmp_path: 
 def test_a_second_target_costs_a_fraction_of_the_first() -> None:
     recipe = load("smollm2-135m-everywhere")
     seconds = estimate(recipe, SMOLLM2).seconds
-    assert seconds["export"] + seconds["validate"] < 0.3 * sum(seconds.values())
-    assert artifact_bytes(assign(recipe.quantize, SMOLLM2), SMOLLM2) == 88_222_464
+    assert seconds["export"] + seconds["validate"] < 0.4 * sum(seconds.values())
+    assert artifact_bytes(assign(recipe.quantize, SMOLLM2), SMOLLM2) == 88_270_080
 
 
 def test_targets_and_model_can_be_chosen(tmp_path: Path, model: Path) -> None:
