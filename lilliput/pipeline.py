@@ -173,7 +173,7 @@ def _publish(plan: Plan, graph: Graph, stages: TargetStages, result: TargetResul
         versions=made.versions | result.versions,
         host=made.host,
         result=result,
-        created=made.created,
+        created=validation.measured_at(work.folder(stages.validate)),
     )
     if not destination.is_dir() or manifest.files_of(destination) != described.files:
         publish(artifact.folder, destination)

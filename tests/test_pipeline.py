@@ -114,10 +114,12 @@ def test_all_three_files_lose_the_same_and_the_converters_nothing(undisturbed: U
 
 def test_nothing_changed_is_answered_from_the_store(undisturbed: Undisturbed, tmp_path: Path) -> None:
     before = artifact_hashes(undisturbed.out)
+    manifests = [(undisturbed.out / name / manifest.NAME).read_bytes() for name in TARGETS]
     events = drive(tmp_path, [undisturbed.job])
     assert events.of(0, "cached") == STAGES[:-1]
     assert events.of(0, "built") == ["report"]
     assert artifact_hashes(undisturbed.out) == before
+    assert [(undisturbed.out / name / manifest.NAME).read_bytes() for name in TARGETS] == manifests
 
 
 CACHED_RUN = """

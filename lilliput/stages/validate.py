@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,6 +130,11 @@ def _float_greedy(source: Path, prompt: tuple[int, ...], stop: tuple[int, ...]) 
 def judged(folder: Path, gates: tuple[Gate, ...]) -> TargetResult:
     """A validate stage's result with a recipe's gates judged."""
     return judge(TargetResult.model_validate_json((folder / RESULT).read_bytes()), gates)
+
+
+def measured_at(folder: Path) -> str:
+    """When the figures were taken: UTC, ISO 8601."""
+    return datetime.fromtimestamp((folder / RESULT).stat().st_mtime, UTC).isoformat(timespec="seconds")
 
 
 def judge(result: TargetResult, gates: tuple[Gate, ...]) -> TargetResult:
