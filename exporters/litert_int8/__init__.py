@@ -2,7 +2,8 @@
 
 The flatbuffer is written operator by operator from the trace (lowering.py), with the solved codes and
 scales as they are (packing.py); nothing converts or quantizes on the way. Signatures, with the names
-and shapes that LiteRT-LM expects (C context, T = n tokens of `prefill_<n>`, 1 in `decode`):
+and shapes that LiteRT-LM expects (C context, T = n tokens of `prefill_<n>`, of which
+there is the traced one and a short one, and 1 in `decode`):
 
     in    tokens (1, T) int32, input_pos (T,) int32, mask (1, 1, T, C) float32 added to the scores,
           kv_cache_k_{i} and kv_cache_v_{i} (1, K, C, D) float32, for K KV heads of D
@@ -20,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import Field
+
 from exporters.base import ExporterOptions
 from exporters.litert_int8 import packing
 from lilliput.artifact import Artifact
@@ -32,9 +35,15 @@ BUNDLE_FILE = "bundle.litertlm"
 
 
 class Options(ExporterOptions):
-    """`bundle`: also write the .litertlm that LiteRT-LM opens."""
+    """`bundle`: also write the .litertlm that LiteRT-LM opens. `short_prefill`: tokens of a second prefill signature.
+
+    A prompt's remainder is padded to a prefill signature's length. With a short one beside the long one the
+    padding costs less, and LiteRT-LM, which refuses a padded prefill that would pass the end of the cache, gets
+    that much closer to it. 0: none.
+    """
 
     bundle: bool = True
+    short_prefill: int = Field(default=16, ge=0)
 
 
 class Exporter:
@@ -55,8 +64,9 @@ class Exporter:
         context, chunk = decode.inputs[2].shape[2], prefill.inputs[0].shape[0]
         self._check(model, context, chunk)
         file, held = flatbuffer.Model(), weights.Weights(model, exact)
-        lowering.lower(file, traced, held, "decode", decode, context)
-        lowering.lower(file, traced, held, f"prefill_{chunk}", prefill, context)
+        lowering.lower(file, model.config, held, decode, 1, context)
+        for steps in sorted({chunk, min(options.short_prefill or chunk, chunk)}):
+            lowering.lower(file, model.config, held, prefill, steps, context)
         file.write(folder / MODEL_FILE)
         if options.bundle and not exact:
             from exporters.litert_int8 import bundle

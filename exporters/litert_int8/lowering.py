@@ -38,15 +38,20 @@ from exporters.litert_int8.attention import AttentionLowering
 from exporters.litert_int8.flatbuffer import Graph, Model
 from exporters.litert_int8.weights import Weights
 from lilliput.errors import ExportError
-from lilliput.model import DecoderConfig, Node, Signature, TracedModel
+from lilliput.model import DecoderConfig, Node, Signature
 
 
-def lower(model: Model, traced: TracedModel, weights: Weights, name: str, signature: Signature, context: int) -> None:
-    """Append `signature` to the file as subgraph and signature `name`. Prefill has no logits, as LiteRT-LM has it."""
-    steps = signature.inputs[0].shape[0]
+def lower(
+    model: Model, config: DecoderConfig, weights: Weights, signature: Signature, steps: int, context: int
+) -> None:
+    """Append `signature`, for `steps` tokens a call, to the file: `decode`, or `prefill_<steps>`.
+
+    Nothing in a trace depends on its number of tokens but shapes. Prefill has no logits, as LiteRT-LM has it.
+    """
+    name = "decode" if signature.name == "decode" else f"prefill_{steps}"
     outputs = [o.name for o in signature.outputs if signature.name == "decode" or o.name != "logits"]
     nodes = needed(signature.nodes, outputs)
-    Lowering(model.graph(name), traced.config, weights, nodes, steps, context).run(outputs)
+    Lowering(model.graph(name), config, weights, nodes, steps, context).run(outputs)
 
 
 def needed(nodes: Sequence[Node], outputs: Sequence[str]) -> list[Node]:

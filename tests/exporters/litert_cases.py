@@ -53,7 +53,7 @@ def export(model: QuantizedModel, folder: Path, *, exact: bool = False, bundle: 
     folder.mkdir()
     with torch.device("meta"):
         traced = trace(Decoder(model.config), CONTEXT, CHUNK)
-    return Exporter().export(model, traced, Options(bundle=bundle), folder, exact=exact)
+    return Exporter().export(model, traced, Options(bundle=bundle, short_prefill=4), folder, exact=exact)
 
 
 def reference(model: QuantizedModel, tokens: list[int]) -> Float:

@@ -113,7 +113,7 @@ def test_signatures_are_those_that_litert_lm_expects(tmp_path: Path) -> None:
     interpreter = Interpreter(str(export(solved(tmp_path, "grouped", "common"), tmp_path / "out").path))
     signatures = interpreter.get_signature_list()
     caches = [f"kv_cache_{kv}_{i}" for i in range(2) for kv in "kv"]
-    assert set(signatures) == {"decode", f"prefill_{CHUNK}"}
+    assert set(signatures) == {"decode", f"prefill_{CHUNK}", "prefill_4"}
     assert set(signatures[f"prefill_{CHUNK}"]["inputs"]) == {"tokens", "input_pos", "mask", *caches}
     assert set(signatures[f"prefill_{CHUNK}"]["outputs"]) == set(caches)
     assert set(signatures["decode"]["outputs"]) == {"logits", *caches}

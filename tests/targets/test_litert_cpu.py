@@ -16,7 +16,7 @@ from lilliput.decoder import Decoder
 from lilliput.errors import ArtifactError, InputError
 from lilliput.grid import Float
 from lilliput.trace import trace
-from targets.runtimes.litert_cpu import LitertSession, Runtime
+from targets.runtimes.litert_cpu import LitertSession, Runtime, chunk_length
 
 CONTEXT, CHUNK = 40, 16
 TOKENS = np.random.default_rng(5).integers(0, 320, CONTEXT).tolist()
@@ -29,7 +29,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with torch.device("meta"):
         traced = trace(Decoder(model.config), CONTEXT, CHUNK)
     (folder / "out").mkdir()
-    return Exporter().export(model, traced, Options(bundle=False), folder / "out", exact=True)
+    return Exporter().export(model, traced, Options(bundle=False, short_prefill=4), folder / "out", exact=True)
 
 
 @pytest.fixture
@@ -54,6 +54,14 @@ def test_prompts_of_every_length_equal_single_steps(session: LitertSession, leng
     stepwise(session, TOKENS[::-1])  # fill the whole cache with other values
     session.reset()
     assert near(session.prefill(TOKENS[:length]), wanted)
+
+
+def test_chunks_are_the_cheapest_per_token_that_fit() -> None:
+    lengths = (16, 128)
+    assert [chunk_length(lengths, left, 1024) for left in (1, 3, 4, 16, 72, 100, 128, 500)] == [
+        1, 1, 16, 16, 16, 128, 128, 128
+    ]  # fmt: skip
+    assert [chunk_length(lengths, 100, room) for room in (128, 127, 16, 15)] == [128, 16, 16, 1]
 
 
 def test_padding_is_never_seen_by_what_follows(session: LitertSession) -> None:
