@@ -7,7 +7,8 @@ not made again), or from folders that `lilliput run --out` wrote. Peers' files a
 
 One run measures everything, in rounds: in each round every file once, A B C … A B C …, each in a process of its own,
 and the read bandwidth between. A ratio is the median over rounds of the two figures of the same round, so that a
-machine that slows down slows both. A token needs every weight once, so
+machine that slows down slows both. Rounds in which the host probe (targets/measure.py) saw something else at work are
+left out; where none is left there is no verdict. A token needs every weight once, so
 
     share = bytes of the file * decoded tokens per second / read bandwidth
 
@@ -23,9 +24,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from benchmarks import child, peers
 from benchmarks.subjects import Subject
+from lilliput.errors import MeasurementError
 from lilliput.results import Record
 from targets import machine
 
@@ -56,7 +59,7 @@ LIMITS = (
 
 
 class Row(Record):
-    """Medians over the rounds; `decode_rounds` holds every round's decoded tokens per second."""
+    """Medians over the undisturbed rounds, or over all where there are none; figures of every round."""
 
     name: str
     runtime: str
@@ -66,15 +69,16 @@ class Row(Record):
     bandwidth_share: float
     decode_rounds: tuple[float, ...]
     prefill_rounds: tuple[float, ...]
-    unstable_rounds: int  # in which the host probe saw the machine disturbed
+    disturbed_rounds: tuple[bool, ...]
 
 
 class Ratio(Record):
-    """`value` is the median over rounds of decode of subject / decode of peer."""
+    """`value` is the median of decode of subject / decode of peer over `rounds` in which neither was disturbed."""
 
     limit: Limit
-    value: float
-    passed: bool
+    value: float | None
+    rounds: int
+    verdict: Literal["PASS", "MISS", "INCONCLUSIVE"]
 
 
 class Comparison(Record):
@@ -92,7 +96,7 @@ class Comparison(Record):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 where every ratio passes, else 1."""
+    """Exit status 0 where every ratio passes, 1 where one misses, else 3: the machine was disturbed."""
     options = _parser().parse_args(arguments)
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(comparison)
     (out / "runtimes.md").write_text(text)
     print(text)
-    return 0 if all(ratio.passed for ratio in comparison.ratios) else 1
+    verdicts = {ratio.verdict for ratio in comparison.ratios}
+    return 1 if "MISS" in verdicts else 0 if verdicts == {"PASS"} else 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,47 +208,62 @@ def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, roun
         bandwidth_gb_s=bandwidth,
         bandwidth_rounds=tuple(bandwidths),
         rows=rows,
-        ratios=ratios({found.name: found.decode_rounds for found in rows}),
+        ratios=ratios(rows),
         versions=_versions(),
     )
 
 
 def measure(request: child.Request) -> child.Reply:
-    """One child process. Raises subprocess.CalledProcessError where it fails; its output is on stderr."""
+    """One child process. Raises MeasurementError with the last that it wrote where it fails."""
     with tempfile.TemporaryDirectory(prefix="lilliput-bench-") as name:
         asked, answer = Path(name) / "request.json", Path(name) / "reply.json"
         asked.write_text(request.model_dump_json())
-        subprocess.run([sys.executable, "-m", "benchmarks.child", str(asked), str(answer)], check=True)
+        command = [sys.executable, "-m", "benchmarks.child", str(asked), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            subject = request.subject.name if request.subject else "the bandwidth probe"
+            raise MeasurementError(f"{subject} ended with status {done.returncode}: {done.stderr[-1000:].strip()}")
         return child.Reply.model_validate_json(answer.read_bytes())
 
 
 def row(subject: Subject, replies: list[child.Reply], bandwidth_gb_s: float) -> Row:
     latencies = [reply.latency for reply in replies if reply.latency]
-    decode = [latency.decode_tokens_per_s for latency in latencies]
-    prefill = [latency.prefill_tokens_per_s for latency in latencies]
-    median = statistics.median(decode)
+    decode = tuple(latency.decode_tokens_per_s for latency in latencies)
+    prefill = tuple(latency.prefill_tokens_per_s for latency in latencies)
+    disturbed = tuple(latency.unstable is not None for latency in latencies)
+    median = _median(decode, disturbed)
     return Row(
         name=subject.name,
         runtime=subject.runtime,
         size_bytes=subject.size_bytes,
-        prefill_tokens_per_s=statistics.median(prefill),
+        prefill_tokens_per_s=_median(prefill, disturbed),
         decode_tokens_per_s=median,
         bandwidth_share=subject.size_bytes * median / (bandwidth_gb_s * 1e9),
-        decode_rounds=tuple(decode),
-        prefill_rounds=tuple(prefill),
-        unstable_rounds=sum(latency.unstable is not None for latency in latencies),
+        decode_rounds=decode,
+        prefill_rounds=prefill,
+        disturbed_rounds=disturbed,
     )
 
 
-def ratios(decode: dict[str, tuple[float, ...]]) -> tuple[Ratio, ...]:
+def _median(figures: tuple[float, ...], disturbed: tuple[bool, ...]) -> float:
+    quiet = [figure for figure, bad in zip(figures, disturbed, strict=True) if not bad]
+    return statistics.median(quiet or figures)
+
+
+def ratios(rows: tuple[Row, ...]) -> tuple[Ratio, ...]:
     """The limits whose two files were both measured."""
-    found = []
-    for limit in LIMITS:
-        if limit.subject in decode and limit.peer in decode:
-            pairs = zip(decode[limit.subject], decode[limit.peer], strict=True)
-            value = statistics.median(ours / theirs for ours, theirs in pairs)
-            found.append(Ratio(limit=limit, value=value, passed=value >= limit.least))
-    return tuple(found)
+    by_name = {row.name: row for row in rows}
+    measured = (limit for limit in LIMITS if limit.subject in by_name and limit.peer in by_name)
+    return tuple(_ratio(limit, by_name[limit.subject], by_name[limit.peer]) for limit in measured)
+
+
+def _ratio(limit: Limit, ours: Row, theirs: Row) -> Ratio:
+    pairs = zip(ours.decode_rounds, theirs.decode_rounds, ours.disturbed_rounds, theirs.disturbed_rounds, strict=True)
+    quiet = [a / b for a, b, bad, also_bad in pairs if not (bad or also_bad)]
+    if not quiet:
+        return Ratio(limit=limit, value=None, rounds=0, verdict="INCONCLUSIVE")
+    value = statistics.median(quiet)
+    return Ratio(limit=limit, value=value, rounds=len(quiet), verdict="PASS" if value >= limit.least else "MISS")
 
 
 def _versions() -> dict[str, str]:
@@ -265,11 +285,16 @@ def markdown(comparison: Comparison) -> str:
     for found in sorted(comparison.rows, key=lambda row: row.runtime):
         lines.append(
             f"| {found.runtime} | {found.name} | {found.size_bytes / 1e6:.1f} | {found.prefill_tokens_per_s:.0f} "
-            f"| {found.decode_tokens_per_s:.1f} | {found.bandwidth_share:.0%} | {found.unstable_rounds} |"
+            f"| {found.decode_tokens_per_s:.1f} | {found.bandwidth_share:.0%} | {sum(found.disturbed_rounds)} |"
         )
-    lines += ["", "| decode of | against | ratio | wanted | verdict |", "| --- | --- | ---: | ---: | --- |"]
+    lines += [
+        "",
+        "| decode of | against | ratio | wanted | rounds | verdict |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
     for ratio in comparison.ratios:
-        verdict = "PASS" if ratio.passed else "MISS"
-        limit = ratio.limit
-        lines.append(f"| {limit.subject} | {limit.peer} | {ratio.value:.2f} | ≥ {limit.least:.2f} | {verdict} |")
+        limit, value = ratio.limit, "–" if ratio.value is None else f"{ratio.value:.2f}"
+        lines.append(
+            f"| {limit.subject} | {limit.peer} | {value} | ≥ {limit.least:.2f} | {ratio.rounds} | {ratio.verdict} |"
+        )
     return "\n".join(lines) + "\n"

@@ -32,13 +32,34 @@ def subject(path: Path, name: str = runtimes.LLAMACPP) -> Subject:
     return Subject(name=name, maker="ours", driver="llamacpp_cpu", path=path, context=64, decode_steps=4)
 
 
-def test_a_ratio_compares_figures_of_the_same_round() -> None:
+def row_of(tmp_path: Path, name: str, decode: tuple[float, ...], disturbed: tuple[int, ...] = ()) -> runtimes.Row:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"x" * 1000)
+    unstable = dict.fromkeys(disturbed, "something else used this machine")
+    replies = [
+        Reply(latency=latency(value).model_copy(update={"unstable": unstable.get(i)})) for i, value in enumerate(decode)
+    ]
+    return runtimes.row(subject(path, name), replies, 20.0)
+
+
+def test_a_ratio_compares_figures_of_the_same_round(tmp_path: Path) -> None:
     """The machine halves its speed in the second round: medians of each alone would say otherwise."""
-    decode = {runtimes.LLAMACPP: (100.0, 50.0, 98.0), runtimes.QUANTIZE: (100.0, 50.0, 100.0)}
-    (ratio,) = runtimes.ratios(decode)
-    assert (ratio.value, ratio.passed) == (1.0, True)
-    (slow,) = runtimes.ratios({**decode, runtimes.LLAMACPP: (90.0, 45.0, 90.0)})
-    assert (round(slow.value, 3), slow.passed) == (0.9, False)
+    theirs = row_of(tmp_path, runtimes.QUANTIZE, (100.0, 50.0, 100.0))
+    (even,) = runtimes.ratios((row_of(tmp_path, runtimes.LLAMACPP, (100.0, 50.0, 98.0)), theirs))
+    assert (even.value, even.rounds, even.verdict) == (1.0, 3, "PASS")
+    (slow,) = runtimes.ratios((row_of(tmp_path, runtimes.LLAMACPP, (90.0, 45.0, 90.0)), theirs))
+    assert slow.value == pytest.approx(0.9)
+    assert slow.verdict == "MISS"
+
+
+def test_disturbed_rounds_are_left_out(tmp_path: Path) -> None:
+    theirs = row_of(tmp_path, runtimes.QUANTIZE, (100.0, 10.0, 100.0), disturbed=(1,))
+    ours = row_of(tmp_path, runtimes.LLAMACPP, (90.0, 100.0, 5.0), disturbed=(2,))
+    assert (ours.decode_tokens_per_s, theirs.decode_tokens_per_s) == (95.0, 100.0)
+    (ratio,) = runtimes.ratios((ours, theirs))
+    assert (ratio.value, ratio.rounds, ratio.verdict) == (0.9, 1, "MISS")
+    (none,) = runtimes.ratios((ours, row_of(tmp_path, runtimes.QUANTIZE, (1.0, 1.0, 1.0), disturbed=(0, 1))))
+    assert (none.value, none.rounds, none.verdict) == (None, 0, "INCONCLUSIVE")
 
 
 def test_the_share_of_the_read_bandwidth(tmp_path: Path) -> None:
@@ -52,19 +73,18 @@ def test_the_share_of_the_read_bandwidth(tmp_path: Path) -> None:
 
 
 def test_the_table_says_pass_and_miss(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"x" * 1000)
-    rows = tuple(
-        runtimes.row(subject(path, name), [Reply(latency=latency(speed))], 20.0)
-        for name, speed in ((runtimes.LLAMACPP, 100.0), (runtimes.QUANTIZE, 100.0), (runtimes.ORT, 50.0))
+    rows = (
+        row_of(tmp_path, runtimes.LLAMACPP, (100.0,)),
+        row_of(tmp_path, runtimes.QUANTIZE, (100.0,)),
+        row_of(tmp_path, runtimes.ORT, (50.0,)),
     )
     comparison = runtimes.Comparison(
         cpu="a CPU", threads=2, rounds=1, prompt_tokens=128, bandwidth_gb_s=20.0, bandwidth_rounds=(20.0,), rows=rows,
-        ratios=runtimes.ratios({row.name: row.decode_rounds for row in rows}), versions={},
+        ratios=runtimes.ratios(rows), versions={},
     )  # fmt: skip
     text = runtimes.markdown(comparison)
-    assert "| gguf (ours) | llama-quantize Q4_0 | 1.00 | ≥ 0.97 | PASS |" in text
-    assert "| onnx (ours) | llama-quantize Q4_0 | 0.50 | ≥ 0.90 | MISS |" in text
+    assert "| gguf (ours) | llama-quantize Q4_0 | 1.00 | ≥ 0.97 | 1 | PASS |" in text
+    assert "| onnx (ours) | llama-quantize Q4_0 | 0.50 | ≥ 0.90 | 1 | MISS |" in text
 
 
 def test_a_child_process_measures_a_file(tmp_path: Path) -> None:
