@@ -10,6 +10,7 @@ Its cache is explicit and functional, so that a trace shows it: (1, kv_heads, co
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -195,6 +196,7 @@ def build(source: SourceModel) -> Decoder:
     """The decoder with the source's float32 weights, in eval mode. Memory: the weights once."""
     with torch.device("meta"):
         decoder = Decoder(source.config)
-    state = {torch_name(name): torch.from_numpy(source.weights[name]) for name in source.config.parameter_shapes()}
+    names = source.config.parameter_shapes()
+    state = {torch_name(name): torch.from_numpy(np.require(source.weights[name], requirements="W")) for name in names}
     decoder.load_state_dict(state, assign=True)
     return decoder.eval().requires_grad_(False)

@@ -110,19 +110,11 @@ def _float_greedy(source: Path, prompt: tuple[int, ...], stop: tuple[int, ...]) 
     """The float model's own continuation, computed when asked for."""
 
     def continuation() -> tuple[int, ...]:
-        import torch
-
-        from lilliput.decoder import build
         from lilliput.source import open_stage
+        from targets.reference import greedy
 
-        decoder, tokens = build(open_stage(source)), list(prompt)
-        with torch.inference_mode():
-            while len(tokens) < len(prompt) + SMOKE_TOKENS:
-                token = int(decoder.logits(decoder.hidden(torch.tensor([tokens]))[0, -1]).argmax())
-                if token in stop:
-                    break
-                tokens.append(token)
-        return tuple(tokens[len(prompt) :])
+        model = open_stage(source)
+        return greedy(model.config, model.weights, prompt, SMOKE_TOKENS, stop)
 
     return continuation
 
@@ -141,7 +133,9 @@ def judge(result: TargetResult, gates: tuple[Gate, ...]) -> TargetResult:
     """The result with these gates beside those that are always on."""
     from targets.gates import judge_all
 
-    found = (*result.gates, *judge_all(gates, _figures(result)))
+    always = {(gate.name, gate.limit) for gate in result.gates}
+    asked = [gate for gate in judge_all(gates, _figures(result)) if (gate.name, gate.limit) not in always]
+    found = (*result.gates, *asked)
     return result.model_copy(update={"gates": found, "verdict": worst([gate.verdict for gate in found])})
 
 
