@@ -5,8 +5,10 @@ by one; the error of each is spread over the columns not yet rounded. With Hâ»Â
 (the Cholesky factor of the inverse), rounding column j by e = (w_j - v_j) / U_jj changes the columns after
 it by -e U_j,j+1: .
 
-- Damping: `damping` times the mean of H's diagonal is added to it. An input that is always zero gets that
-  mean: its weights round to nearest and disturb nothing.
+- Damping: H's diagonal grows by the factor 1 + `damping`, so that correlations shrink alike for all inputs.
+  (The paper adds a part of the mean diagonal to every entry: with a few inputs a thousand times larger than
+  the others, as language models have, that wipes out what is known of the others.) An input that is always
+  zero gets the mean diagonal: its weights round to nearest and disturb nothing.
 - Activation order: columns go by falling H_jj, so that what matters most is rounded while all others can
   still make up for it.
 - Static groups: scales and offsets are chosen before, by the search of calibration.scale_search weighted by
@@ -69,12 +71,12 @@ class Solver:
 
 
 def damped(moments: Tensor, damping: float) -> Tensor:
-    """H (cols, cols) float64 with `damping` times its mean diagonal added; a dead input's diagonal is the mean."""
-    h = moments.double()
+    """H (cols, cols) float64, its diagonal grown by 1 + `damping`; a dead input's diagonal is the mean."""
+    h = moments.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal <= 0] = mean
-    diagonal += damping * mean
+    diagonal *= 1 + damping
     return h
 
 

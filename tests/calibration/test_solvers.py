@@ -134,7 +134,7 @@ def test_zero_tiny_and_huge_blocks_have_usable_scales(name: str) -> None:
 
 def sequential_gptq(weight: Float, tensor: QuantizedTensor, moments: Float, damping: float, order: list[int]) -> Float:
     """The paper's algorithm before its Cholesky form: the inverse Hessian shrinks by one column a step (float64)."""
-    h = moments.astype(np.float64) + np.eye(len(moments)) * damping * float(np.diag(moments).mean())
+    h = moments.astype(np.float64) + np.diag(np.diag(moments)) * damping
     inverse, w = np.linalg.inv(h), weight.astype(np.float64)
     codes, scales = np.zeros(weight.shape), tensor.per_weight(tensor.scales).astype(np.float64)
     for column in order:
@@ -189,7 +189,7 @@ def test_without_correlation_gptq_is_round_to_nearest() -> None:
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     moments = statistics(40).second_moments
     factor = inverse_factor(torch.from_numpy(moments), 0.01).double().numpy()
-    damped = moments + np.eye(40) * 0.01 * np.diag(moments).mean()
+    damped = moments + np.diag(np.diag(moments)) * 0.01
     assert np.allclose(factor.T @ factor @ damped, np.eye(40), atol=1e-4)
     assert not np.tril(factor, -1).any()
 
