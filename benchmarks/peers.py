@@ -118,12 +118,15 @@ def write_float_gguf(model: SourceModel, path: Path) -> None:
 def quantize_with_llama_cpp(source: Path, destination: Path, importance: Mapping[str, Float] | None = None) -> None:
     """What the tool llama-quantize does for `Q4_0`; `importance` holds mean squares (cols,) by tensor name.
 
-    Raises RuntimeError with llama.cpp's status.
+    Raises RuntimeError with llama.cpp's status and its last words.
     """
     import ctypes
 
     import llama_cpp
 
+    from targets.runtimes.llamacpp_cpu import last_log, start_logging
+
+    start_logging()
     values = importance or {}
     entries = (llama_cpp.llama_model_imatrix_data * (len(values) + 1))()  # the last one has no name: the end
     for entry, (name, column) in zip(entries, values.items(), strict=False):
@@ -135,7 +138,7 @@ def quantize_with_llama_cpp(source: Path, destination: Path, importance: Mapping
         options.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     status = llama_cpp.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(options))
     if status != 0:
-        raise RuntimeError(f"llama_model_quantize of {source} ended with status {status}")
+        raise RuntimeError(f"llama_model_quantize of {source} ended with status {status}: {last_log()}")
 
 
 def make_optimum_fp32(folder: Path, destination: Path) -> None:

@@ -56,14 +56,14 @@ class LlamaCppSession:
         self._api: Any = llama_cpp
         self._limit, self._used = artifact.context, 0
         self._model = self._context = None
-        _start_logging()
+        start_logging()
         self._model = llama_cpp.llama_model_load_from_file(str(artifact.path).encode(), _model_options(exact))
         if not self._model:
-            raise MeasurementError(f"llama.cpp cannot load {artifact.path}: {_last_log()}")
+            raise MeasurementError(f"llama.cpp cannot load {artifact.path}: {last_log()}")
         self._context = llama_cpp.llama_init_from_model(self._model, _context_options(artifact.context, threads, exact))
         if not self._context:
             self.close()
-            raise MeasurementError(f"llama.cpp cannot make a context of {artifact.context} positions: {_last_log()}")
+            raise MeasurementError(f"llama.cpp cannot make a context of {artifact.context} positions: {last_log()}")
         self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._memory = llama_cpp.llama_get_memory(self._context)
 
@@ -88,7 +88,7 @@ class LlamaCppSession:
         status = self._api.llama_decode(self._context, self._api.llama_batch_get_one(ids, len(tokens)))
         if status != 0:
             raise MeasurementError(
-                f"llama.cpp failed on {len(tokens)} tokens at position {self._used} (status {status}): {_last_log()}"
+                f"llama.cpp failed on {len(tokens)} tokens at position {self._used} (status {status}): {last_log()}"
             )
         self._used += len(tokens)
 
@@ -128,7 +128,7 @@ def _context_options(context: int, threads: int, exact: bool) -> Any:
     return options
 
 
-def _start_logging() -> None:
+def start_logging() -> None:
     """Send llama.cpp's log to `_log`, which starts anew."""
     import llama_cpp
 
@@ -150,6 +150,6 @@ def _log_callback() -> Any:
     return llama_cpp.llama_log_callback(write)
 
 
-def _last_log() -> str:
+def last_log() -> str:
     """llama.cpp's last warnings and errors, in one line."""
     return "; ".join(list(_log)[-LOG_LINES_SHOWN:]) or "it logged no reason"
