@@ -196,8 +196,9 @@ def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, roun
     for number in range(rounds):
         bandwidths.append(measure(idle).bandwidth_gb_s or 0.0)
         for subject in subjects:
-            _say(f"round {number + 1} of {rounds}: {subject.name}")
-            measured[subject.name].append(measure(idle.model_copy(update={"subject": subject})))
+            reply = measure(idle.model_copy(update={"subject": subject}))
+            measured[subject.name].append(reply)
+            _say(f"round {number + 1} of {rounds}: {subject.name}: {_brief(reply)}")
     bandwidth = max(bandwidths)
     rows = tuple(row(subject, measured[subject.name], bandwidth) for subject in subjects)
     return Comparison(
@@ -211,6 +212,13 @@ def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, roun
         ratios=ratios(rows),
         versions=_versions(),
     )
+
+
+def _brief(reply: child.Reply) -> str:
+    latency = reply.latency
+    assert latency is not None
+    disturbed = f" (disturbed: {latency.unstable})" if latency.unstable else ""
+    return f"prefill {latency.prefill_tokens_per_s:.0f}, decode {latency.decode_tokens_per_s:.1f} tokens/s{disturbed}"
 
 
 def measure(request: child.Request) -> child.Reply:
