@@ -18,17 +18,18 @@ from lilliput.run import StageKind
 GIGA = 10**9
 FLOAT32_BYTES = 4
 TORCH_BYTES = 700_000_000  # the interpreter with torch and transformers
+CACHE_BYTES = 1 << 30  # of a batch of self-generated samples, at most
 
 # Seconds per (10⁹ parameters × unit), measured on SmolLM2-135M; the unit is in the comment.
-SOURCE_S = 60.0  # once: reading, dequantizing, proving
-FORWARD_S = 0.0075  # per token of a batched forward pass
-GENERATE_S = 0.0115  # per sampled token, 48 samples a step
-STATISTICS_S = 0.011  # per token: the forward pass and its second moments
-SOLVE_S = 300.0  # once: GPTQ
-EXPORT_S = 80.0  # once: packing, writing, reading back
-DECODE_S = 0.085  # per decoded token on a runtime
+SOURCE_S = 130.0  # once: reading, dequantizing, proving
+FORWARD_S = 0.015  # per token of a batched forward pass
+GENERATE_S = 0.031  # per sampled token, 48 samples a step
+STATISTICS_S = 0.019  # per token: the forward pass and its second moments
+SOLVE_S = 250.0  # once: GPTQ
+EXPORT_S = 8.0  # once: packing, writing, reading back
+DECODE_S = 0.055  # per decoded token on a runtime
 SPEED_TOKENS = 600  # decoded to measure speed
-TRACE_S, TOKENIZE_S = 6.0, 4.0  # once, whatever the size
+TRACE_S, TOKENIZE_S = 3.0, 2.0  # once, whatever the size
 
 
 class Estimate(Record):
@@ -73,8 +74,9 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "export": 2 * weights // 4,  # in the store and in --out
         "validate": weights + weights // 4,  # the exact twin, while it is measured
     }
-    hidden = samples * config.hidden_size * FLOAT32_BYTES
-    return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + hidden + logits // 2)
+    caches = 2 * config.num_layers * config.num_kv_heads * config.head_dim * samples * FLOAT32_BYTES
+    kept = min(caches, CACHE_BYTES) if calibrated.samples == "self" else samples * config.hidden_size * FLOAT32_BYTES
+    return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + kept + logits // 2)
 
 
 def artifact_bytes(assigned: Mapping[str, Rule], config: DecoderConfig) -> int:
