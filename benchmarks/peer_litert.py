@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
-CONTEXT, PREFILL = 1024, 128  # as in the recipe that our files are made by
+from benchmarks.subjects import CONTEXT
+
+PREFILL = 128  # as in the recipe that our files are made by
 MASKED = -1e4
 
 

@@ -7,7 +7,8 @@ not made again), or from folders that `lilliput run --out` wrote. Peers' files a
 
 One run measures everything, in rounds: in each round every file once, A B C … A B C …, each in a process of its own,
 and the read bandwidth between. A ratio is the median over rounds of the two figures of the same round, so that a
-machine that slows down slows both. Rounds in which the host probe (targets/measure.py) saw something else at work are
+machine that slows down slows both. All files hold CONTEXT positions and decode after a prompt of PROMPT_TOKENS.
+Rounds in which the host probe (targets/measure.py) saw something else at work are
 left out; where none is left there is no verdict. A token needs every weight once, so
 
     share = bytes of the file * decoded tokens per second / read bandwidth
@@ -27,13 +28,13 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import child, peers
-from benchmarks.subjects import Subject
+from benchmarks.subjects import CONTEXT, Subject
 from lilliput.errors import MeasurementError
 from lilliput.results import Record
 from targets import machine
 
 OURS_RECIPE, INT8_RECIPE = "smollm2-135m-everywhere", "smollm2-135m-litert-int8"
-PROMPT_TOKENS, CONTEXT = 128, 1024
+PROMPT_TOKENS = 256
 SLOW_STEPS = 8  # for a file that decodes 3 tokens a second
 ROUNDS = 4
 
@@ -141,7 +142,7 @@ def _run(recipe: str, out: Path) -> Path:
     from lilliput import recipe as recipes
 
     _say(f"running {recipe} into {out} (what is cached is not made again)")
-    pipeline.run(pipeline.plan(recipes.load(recipe), out))
+    pipeline.run(pipeline.plan(recipes.load(recipe, [f"context={CONTEXT}"]), out))
     return out
 
 
@@ -285,7 +286,7 @@ def markdown(comparison: Comparison) -> str:
     """Both tables."""
     lines = [
         f"{comparison.cpu}, {comparison.threads} threads, read bandwidth {comparison.bandwidth_gb_s:.1f} GB/s; "
-        f"medians of {comparison.rounds} interleaved rounds, prompt and depth {comparison.prompt_tokens} tokens",
+        f"medians of {comparison.rounds} interleaved rounds, context {CONTEXT}, prompt and depth {comparison.prompt_tokens} tokens",
         "",
         "| runtime | file | MB | prefill tokens/s | decode tokens/s | share of read bandwidth | disturbed rounds |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",

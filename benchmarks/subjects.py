@@ -9,6 +9,7 @@ from lilliput.artifact import Artifact
 from lilliput.results import Record
 from targets.base import Session
 
+CONTEXT = 512  # KV cache positions of every file: a LiteRT step attends over its whole allocated cache
 DRIVERS = ("llamacpp_cpu", "ort_cpu", "litert_cpu", "optimum_onnx")
 
 

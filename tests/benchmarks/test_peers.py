@@ -26,7 +26,7 @@ PROMPT = 140  # a whole chunk of 128 and some
 
 def made(name: str, tmp_path: Path) -> tuple[Path, Float]:
     """The peer's folder, made in a process of its own, and torch's logits (T, vocab)."""
-    hf = tiny_llama(tmp_path / "tiny", max_position_embeddings=1024)
+    hf = tiny_llama(tmp_path / "tiny", max_position_embeddings=512)
     shutil.copytree(hf, tmp_path / "hf")
     (tmp_path / f"{name}.partial").mkdir()
     command = [sys.executable, "-m", "benchmarks.peers", name, str(tmp_path)]
@@ -49,7 +49,7 @@ def logits_of(session: Session) -> Float:
 
 def test_optimums_graph_computes_the_model(tmp_path: Path) -> None:
     folder, wanted = made("optimum_fp32", tmp_path)
-    subject = Subject(name="x", maker="peer", driver="optimum_onnx", path=folder / "model.onnx", context=1024)
+    subject = Subject(name="x", maker="peer", driver="optimum_onnx", path=folder / "model.onnx", context=512)
     found = logits_of(open_session(subject, 1))
     assert np.abs(found - wanted[PROMPT - 1 :]).max() <= 1e-4
 
@@ -58,7 +58,7 @@ def test_litert_torchs_plain_export_computes_the_model_in_8_bit(tmp_path: Path) 
     """Its caches are bound in place as ours are, which its scatter must bear."""
     folder, wanted = made("litert_torch", tmp_path)
     subject = Subject(
-        name="x", maker="peer", driver="litert_cpu", path=folder / "model.tflite", context=1024, prefill=128
+        name="x", maker="peer", driver="litert_cpu", path=folder / "model.tflite", context=512, prefill=128
     )
     p = torch.log_softmax(torch.from_numpy(wanted[PROMPT - 1 :]).double(), -1)
     q = torch.log_softmax(torch.from_numpy(logits_of(open_session(subject, 1))).double(), -1)
