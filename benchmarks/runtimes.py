@@ -286,7 +286,8 @@ def markdown(comparison: Comparison) -> str:
     """Both tables."""
     lines = [
         f"{comparison.cpu}, {comparison.threads} threads, read bandwidth {comparison.bandwidth_gb_s:.1f} GB/s; "
-        f"medians of {comparison.rounds} interleaved rounds, context {CONTEXT}, prompt and depth {comparison.prompt_tokens} tokens",
+        f"medians of {comparison.rounds} interleaved rounds, context {CONTEXT}, "
+        f"prompt and depth {comparison.prompt_tokens} tokens",
         "",
         "| runtime | file | MB | prefill tokens/s | decode tokens/s | share of read bandwidth | disturbed rounds |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
