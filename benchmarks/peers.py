@@ -9,7 +9,7 @@
 
 Each is made in a process of its own (`python -m benchmarks.peers NAME FOLDER`), as converters take gigabytes, and
 published under its name only when it is whole. A folder holds `peer.json` with the versions of the packages
-that made it; where these are others now, it is made anew.
+that made it and the context; where these are others now, it is made anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.subjects import CONTEXT
 from lilliput.grid import Float
 from lilliput.model import SourceModel
 
@@ -40,7 +41,7 @@ RECORD = "peer.json"
 
 def ensure(name: str, folder: Path, log: Callable[[str], None]) -> Path:
     """The folder of a peer's files, made if it is not there. Raises subprocess.CalledProcessError where that fails."""
-    made, record = folder / name, {package: version(package) for package in MADE_BY[name]}
+    made, record = folder / name, {package: version(package) for package in MADE_BY[name]} | {"context": str(CONTEXT)}
     if (made / RECORD).is_file() and json.loads((made / RECORD).read_text()) == record:
         return made
     if name in NEEDS:
