@@ -1,6 +1,7 @@
 """Speed of our files beside the peers' on the same runtimes, and each one's share of this machine's read bandwidth.
 
-    python -m benchmarks [--out out/bench] [--ours FOLDER] [--rounds N] [--threads N]
+    [BENCH_CONTEXT=512] [BENCH_PROMPT=256] python -m benchmarks
+        [--out out/bench] [--ours FOLDER] [--rounds N] [--threads N]
 
 Ours come from the recipes smollm2-135m-everywhere and smollm2-135m-litert-int8, by the pipeline (what is cached is
 not made again), or from folders that `lilliput run --out` wrote. Peers' files are made once (benchmarks/peers.py).
@@ -28,13 +29,12 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import child, peers
-from benchmarks.subjects import CONTEXT, Subject
+from benchmarks.subjects import CONTEXT, PROMPT_TOKENS, Subject
 from lilliput.errors import MeasurementError
 from lilliput.results import Record
 from targets import machine
 
 OURS_RECIPE, INT8_RECIPE = "smollm2-135m-everywhere", "smollm2-135m-litert-int8"
-PROMPT_TOKENS = 256
 SLOW_STEPS = 8  # for a file that decodes 3 tokens a second
 ROUNDS = 4
 

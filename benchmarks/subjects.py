@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,10 @@ from lilliput.artifact import Artifact
 from lilliput.results import Record
 from targets.base import Session
 
-CONTEXT = 512  # KV cache positions of every file: a LiteRT step attends over its whole allocated cache
+# KV cache positions of every file (a LiteRT step attends over its whole allocated cache), and the prompt's tokens.
+# From the environment, so that the processes that make and measure files see the same.
+CONTEXT = int(os.environ.get("BENCH_CONTEXT", "512"))
+PROMPT_TOKENS = int(os.environ.get("BENCH_PROMPT", "256"))
 DRIVERS = ("llamacpp_cpu", "ort_cpu", "litert_cpu", "optimum_onnx")
 
 

@@ -3,18 +3,17 @@
 Minimise tr((W - V) H (W - V)ᵀ) over V on the grid, H = E[x xᵀ] of the layer's input. Columns are rounded one
 by one; the error of each is spread over the columns not yet rounded. With H⁻¹ = UᵀU, U upper triangular
 (the Cholesky factor of the inverse), rounding column j by e = (w_j - v_j) / U_jj changes the columns after
-it by -e U_j,j+1: .
+it by -e U[j, j+1:].
 
 - Damping: H's diagonal grows by the factor 1 + `damping`, so that correlations shrink alike for all inputs.
-  (The paper adds a part of the mean diagonal to every entry: with a few inputs a thousand times larger than
-  the others, as language models have, that wipes out what is known of the others.) An input that is always
-  zero gets the mean diagonal: its weights round to nearest and disturb nothing.
+  (The paper adds a part of the mean diagonal to every entry; on SmolLM2 the KLD was higher with that.)
+  An input that is always zero gets the mean diagonal: its weights round to nearest and disturb nothing.
 - Activation order: columns go by falling H_jj, so that what matters most is rounded while all others can
   still make up for it.
 - Static groups: scales and offsets are chosen before, by the search of calibration.scale_search weighted by
   H's diagonal, so that activation order does not need them in the column's order.
 - Descent: one pass is greedy; `rounds` of coordinate descent on codes and scales follow
-  (calibration.coordinate_descent), which take a tenth off the loss.
+  (calibration.coordinate_descent).
 - Lazy updates: within a panel of PANEL columns the changes are applied at once, to the rest of the matrix
   by one product a panel.
 

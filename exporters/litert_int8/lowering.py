@@ -3,7 +3,7 @@
 Shapes below: T tokens, H query heads, K KV heads, g = H / K, D head_dim, C context. Batch is 1.
 
 Linears that read the same value (q, k, v; gate, up) become one FULLY_CONNECTED, cut apart afterwards: one
-quantization of the activation and one parallel region instead of three (decode at int8: 103 → 125 tokens/s).
+quantization of the activation and one parallel region instead of three.
 The parts' names and rows stand in the weight's name, `layers.0.attention.q:576+layers.0.attention.k:192+…`.
 
 Rotary embedding is x * cos + swap(x) * sin, swap exchanging the halves of a head and the sign of the
@@ -16,7 +16,8 @@ not prefill past the end).
 
 Attention never repeats the KV heads: queries are grouped per KV head, (1, K, g T, D), for a repeated cache is
 a BROADCAST_TO, which no delegate takes. A batch matrix product in XNNPACK repacks its right side at every call;
-how fast depends on the layout. Measured for a decode step, 30 layers, C = 1024, K = 3, D = 64, one AVX-512 core:
+how fast depends on the layout. One microbenchmark of a decode step, 30 layers, C = 1024, K = 3, D = 64, one core
+with AVX-512:
 
     scores  q @ keys^T    keys (C, D)          2.6 ms      keys (D, C), no transpose     4.3 ms
     y       p @ values    values (C, D)        2.7 ms      values (D, C), transposed     4.0 ms

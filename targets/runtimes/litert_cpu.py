@@ -11,7 +11,7 @@ overwrite them. No chunk runs past the end of the cache, padding included: the u
 valid slots.
 
 XNNPACK packs each signature's weights anew, unless it has a weight cache: with one in memory, both
-signatures share the packed weights (SmolLM2-135M at int8: 274 instead of 475 MB at its peak).
+signatures share the packed weights (SmolLM2-135M at int8, one run: 274 instead of 475 MB at its peak).
 
 `exact` needs no flag: an artifact exported exact has float32 matrices, which XNNPACK computes in float32
 (its fp16 mode is off by default).
