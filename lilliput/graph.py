@@ -24,6 +24,7 @@ from lilliput.run import StageKind
 from lilliput.stages import dequantized, evaluation, export, quantize, reference, samples, source, statistics, trace
 from lilliput.stages import validate as validation
 from lilliput.store import key_of
+from lilliput.texts import EVALUATION_TEXTS, builtin_text, evaluation_text, text_sha256
 
 At = Callable[["Stage"], Path]  # the folder of an earlier stage's result
 
@@ -121,10 +122,10 @@ def _source(recipe: Recipe, source_sha256: str) -> Stage:
 
 def _evaluation(recipe: Recipe, loaded: Stage) -> Stage:
     wanted = recipe.evaluation
-    path = None if wanted.text == "builtin" else Path(wanted.text)
+    text = wanted.text if wanted.text in EVALUATION_TEXTS else Path(wanted.text)
     return Stage(
         "evaluation", "", (loaded,), (), {**wanted.model_dump(), "sha256": _text_sha256(wanted.text)},
-        lambda at, folder, progress: evaluation.work(at(loaded), path, wanted.count, wanted.length, folder, progress),
+        lambda at, folder, progress: evaluation.work(at(loaded), text, wanted.count, wanted.length, folder, progress),
     )  # fmt: skip
 
 
@@ -210,11 +211,11 @@ def _label(rules: tuple[Rule, ...], taken: list[str]) -> str:
 
 
 def _text_sha256(text: str) -> str:
-    """Of a text file, the built-in text, or a data set's files (paths, sizes, times); "" where only its id is known."""
+    """Of a text file, a built-in text, or a data set's files (paths, sizes, times); "" where only its id is known."""
     if text == "builtin":
-        from lilliput.texts import builtin_text, text_sha256
-
         return text_sha256(builtin_text())
+    if text in EVALUATION_TEXTS:
+        return text_sha256(evaluation_text(text))
     path = Path(text.removeprefix("dataset:"))
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()

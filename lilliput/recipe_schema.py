@@ -156,7 +156,7 @@ Gates = Annotated[tuple[Gate, ...], BeforeValidator(_tuple)]
 
 
 class Evaluation(Strict):
-    """Text that calibration did not see: `builtin` or a path. The second half of each chunk is scored."""
+    """Text that calibration did not see: `builtin`, `docstrings` or a path. The second half of each chunk is scored."""
 
     text: str = Field(default="builtin", min_length=1)
     count: int = Field(default=8, ge=1)

@@ -1,17 +1,30 @@
-"""The text that every Python has: the language reference in `pydoc_data.topics`, about 465,000 characters.
+"""Texts that every Python has. They serve where the user gives none.
 
-It serves where the user gives no text. Calibration and evaluation take parts of it that do not touch, so
-that what is measured was never calibrated on. The text changes with Python's version: its sha256 goes into
-what is recorded.
+    builtin       the language reference in `pydoc_data.topics`, about 465,000 characters: calibration and evaluation
+                  take parts of it that do not touch, so that what is measured was never calibrated on
+    docstrings    the docstrings of six modules of the standard library, in the order of their sources, about 46,000
+                  characters: English with examples of code, by other authors than the reference. For evaluation
+                  only; nothing was tuned on it
+
+Both change with Python's version: a text's sha256 goes into what is recorded.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from functools import cache
+from importlib.util import find_spec
+
+from lilliput.errors import MissingError
 
 CALIBRATION = slice(0, 200_000)  # characters
 EVALUATION = slice(300_000, 345_000)
+DOCUMENTED = ("fractions", "functools", "heapq", "random", "statistics", "textwrap")
+EVALUATION_TEXTS = {
+    "builtin": f"Python's pydoc_data.topics, characters {EVALUATION.start} to {EVALUATION.stop}",
+    "docstrings": f"docstrings of Python's modules {', '.join(DOCUMENTED)}",
+}
 
 
 @cache
@@ -22,12 +35,36 @@ def builtin_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+@cache
+def docstrings_text() -> str:
+    """The docstrings of DOCUMENTED, an empty line between two. The modules are read, not imported."""
+    return "\n\n".join(text for module in DOCUMENTED for text in docstrings(_source(module)))
+
+
+def _source(module: str) -> str:
+    spec = find_spec(module)
+    loader = spec.loader if spec else None
+    source = loader.get_source(module) if loader is not None and hasattr(loader, "get_source") else None
+    if source is None:
+        raise MissingError(f"text docstrings: this Python has no source of its module {module!r}: use another text")
+    return str(source)
+
+
+def docstrings(source: str) -> list[str]:
+    """Those of a module, its classes and its functions, as they stand one after the other."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documented = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    documented.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [text for node in documented if (text := ast.get_docstring(node))]
+
+
 def calibration_text() -> str:
     return builtin_text()[CALIBRATION]
 
 
-def evaluation_text() -> str:
-    return builtin_text()[EVALUATION]
+def evaluation_text(name: str = "builtin") -> str:
+    """The text that is called so in EVALUATION_TEXTS."""
+    return {"builtin": lambda: builtin_text()[EVALUATION], "docstrings": docstrings_text}[name]()
 
 
 def text_sha256(text: str) -> str:

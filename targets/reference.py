@@ -66,17 +66,17 @@ class EvaluationSet:
         return cls(np.load(folder / "tokens.npy"), text["sha256"], text["description"])
 
 
-def evaluation_set(encode: Encode, count: int, length: int, text: Path | None = None) -> EvaluationSet:
-    """`count` chunks of `length` tokens from a UTF-8 file, or from Lilliput's built-in text.
+def evaluation_set(encode: Encode, count: int, length: int, text: Path | str = "builtin") -> EvaluationSet:
+    """`count` chunks of `length` tokens from a UTF-8 file, or from the text of that name in lilliput.texts.
 
     Raises InputError where the text cannot be read or does not have that many tokens.
     """
-    from lilliput.texts import EVALUATION, evaluation_text
+    from lilliput.texts import EVALUATION_TEXTS, evaluation_text
 
     if length < 2 or length % 2:
         raise InputError(f"evaluation length is {length}, wanted an even number of at least 2")
-    where = str(text) if text else f"Python's pydoc_data.topics, characters {EVALUATION.start} to {EVALUATION.stop}"
-    tokens = encode(_read(text) if text else evaluation_text())
+    where = str(text) if isinstance(text, Path) else EVALUATION_TEXTS[text]
+    tokens = encode(_read(text) if isinstance(text, Path) else evaluation_text(text))
     if len(tokens) < count * length:
         raise InputError(
             f"evaluation text {where} has {len(tokens)} tokens, wanted {count} chunks of {length} = {count * length}: "

@@ -95,3 +95,12 @@ def test_a_plan_imports_no_runtime(tmp_path: Path, model: Path) -> None:
     command = [sys.executable, "-c", DRY, str(path), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_another_evaluation_text_is_another_stage(tmp_path: Path, model: Path) -> None:
+    keys = []
+    for text in ("builtin", "docstrings"):
+        recipe = tiny_recipe.recipe(tmp_path, model, f"evaluation.text={text}")
+        planned = pipeline.plan(recipe, tmp_path / "out")
+        keys.append(next(stage.key for stage in planned.stages if stage.name == "evaluation"))
+    assert keys[0] != keys[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 from lilliput.progress import Progress
 
 
-def work(source: Path, text: Path | None, count: int, length: int, folder: Path, progress: Progress) -> None:
+def work(source: Path, text: Path | str, count: int, length: int, folder: Path, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
     from lilliput.source import open_stage

@@ -27,6 +27,12 @@ def test_the_builtin_text_is_cut_into_chunks_from_its_start() -> None:
     assert "300000 to 345000" in found.description
 
 
+def test_the_second_text_goes_by_its_name() -> None:
+    found = reference.evaluation_set(characters, 3, 8, "docstrings")
+    assert found.tokens.ravel().tolist() == characters(evaluation_text("docstrings")[:24])
+    assert "docstrings of Python's modules fractions" in found.description
+
+
 def test_a_users_text_is_read_and_survives_the_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("abcdefgh" * 4, encoding="utf-8")
     found = reference.evaluation_set(characters, 2, 8, tmp_path / "mine.txt")
