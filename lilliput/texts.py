@@ -64,7 +64,7 @@ def calibration_text() -> str:
 
 def evaluation_text(name: str = "builtin") -> str:
     """The text that is called so in EVALUATION_TEXTS."""
-    return {"builtin": lambda: builtin_text()[EVALUATION], "docstrings": docstrings_text}[name]()
+    return docstrings_text() if name == "docstrings" else builtin_text()[EVALUATION]
 
 
 def text_sha256(text: str) -> str:
