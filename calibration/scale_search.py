@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from calibration.base import SolverOptions
+from lilliput.errors import CalibrationError
 from lilliput.grid import FLOAT16_TINY, Codes, Float, GridSpec, QuantizedTensor, round_scale
 
 SLAB = 1 << 19  # weights that one step of the search works on: bounds its memory to some 20 MB
@@ -82,6 +83,8 @@ class Blocks:
 
 def find_blocks(weight: Float, spec: GridSpec, importance: Float | None, options: SearchOptions) -> Blocks:
     """The best blocks of weight (rows, cols), s and o (rows, n_blocks) float32; importance (cols,) or none."""
+    if spec.super_blocks or spec.codebook:
+        raise CalibrationError(f"no scale search for grid {spec.name} yet: choose int5-b32 or int4-b32-min-f16")
     cols = weight.shape[1]
     n_blocks, width = spec.blocks(cols), spec.width(cols)
     padding = n_blocks * width - cols

@@ -1,6 +1,7 @@
 """The checkpoint between calibration and export: one folder with every code, scale and float of a QuantizedModel.
 
-    codes.safetensors   {name}.codes (int8 or uint8), {name}.scales (float32), {name}.offsets (uint8 or float32)
+    codes.safetensors   {name}.codes (int8 or uint8), {name}.scales (float32), {name}.offsets (uint8 or float32),
+                        {name}.supers (float32)
     floats.safetensors  {name} (float32)
     model.json          name, config, grid per quantized tensor, provenance
     tokenizer/          the source's tokenizer files
@@ -30,6 +31,8 @@ def save(model: QuantizedModel, folder: Path) -> None:
         codes[f"{name}.codes"], codes[f"{name}.scales"] = tensor.codes, tensor.scales
         if tensor.offsets is not None:
             codes[f"{name}.offsets"] = tensor.offsets
+        if tensor.supers is not None:
+            codes[f"{name}.supers"] = tensor.supers
     save_file({k: np.ascontiguousarray(v) for k, v in codes.items()}, folder / "codes.safetensors")
     save_file({k: np.ascontiguousarray(v) for k, v in sorted(model.floats.items())}, folder / "floats.safetensors")
     shutil.copytree(model.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
@@ -47,7 +50,13 @@ def load(folder: Path) -> QuantizedModel:
     text = json.loads((folder / "model.json").read_text())
     parts = load_file(folder / "codes.safetensors")
     quantized = {
-        name: QuantizedTensor(grid(spec), parts[f"{name}.codes"], parts[f"{name}.scales"], parts.get(f"{name}.offsets"))
+        name: QuantizedTensor(
+            grid(spec),
+            parts[f"{name}.codes"],
+            parts[f"{name}.scales"],
+            parts.get(f"{name}.offsets"),
+            parts.get(f"{name}.supers"),
+        )
         for name, spec in text["grids"].items()
     }
     floats = load_file(folder / "floats.safetensors")

@@ -13,8 +13,12 @@ import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lilliput.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from lilliput.grid import GridSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,16 +91,19 @@ def _foreign(kind: str) -> list[Entry]:
 
 
 def _grids() -> list[Entry]:
-    from lilliput.grid import COMMON_GRIDS, grid
+    from lilliput.grid import COMMON_GRIDS, GGUF_GRIDS, grid
 
-    found = []
-    for name in COMMON_GRIDS:
-        spec = grid(name)
-        block = f"blocks of {spec.block_size}" if spec.block_size else "one block a row"
-        offset = {"none": "symmetric", "zero_point": "zero points", "minimum": "minima"}[spec.offset]
-        scale = {"bf16_f16": "bfloat16 ∩ float16"}.get(spec.scale_dtype, spec.scale_dtype)
-        found.append(Entry(name, f"codes {spec.qmin}..{spec.qmax}, {block}, {offset}, scales {scale}"))
-    return found
+    return [Entry(name, _describe(grid(name))) for name in (*COMMON_GRIDS, *GGUF_GRIDS)]
+
+
+def _describe(spec: GridSpec) -> str:
+    codes = f"{len(spec.codebook)} uneven codes" if spec.codebook else "codes"
+    block = f"blocks of {spec.block_size}" if spec.block_size else "one block a row"
+    offset = {"none": "symmetric", "zero_point": "zero points", "minimum": "minima"}[spec.offset]
+    scale = {"bf16_f16": "bfloat16 ∩ float16"}.get(spec.scale_dtype, spec.scale_dtype)
+    if spec.super_blocks:
+        scale = f"{spec.super_blocks.integer_bits}-bit times {scale} of {spec.super_blocks.cols} columns"
+    return f"{codes} {spec.qmin}..{spec.qmax}, {block}, {offset}, scales {scale}"
 
 
 def recipes_folder() -> Path:

@@ -38,7 +38,7 @@ from pydantic import (
 
 from lilliput import registry
 from lilliput.errors import GridError, LilliputError, RecipeError
-from lilliput.grid import COMMON_GRIDS, grid
+from lilliput.grid import COMMON_GRIDS, GGUF_GRIDS, grid
 from lilliput.model import DecoderConfig, role_of
 from lilliput.results import Gate
 
@@ -104,7 +104,7 @@ SolverRef = Annotated[Plugin, _REFERENCE, _known("solvers"), WithJsonSchema({"pl
 ExporterRef = Annotated[Plugin, _REFERENCE, _known("exporters"), WithJsonSchema({"plugin": "exporters"})]
 RuntimeRef = Annotated[Plugin, _REFERENCE, _known("runtimes"), WithJsonSchema({"plugin": "runtimes"})]
 DeviceRef = Annotated[Plugin, _REFERENCE, _known("devices"), WithJsonSchema({"plugin": "devices"})]
-GridName = Annotated[str, AfterValidator(_grid_name), Field(examples=[*COMMON_GRIDS, FLOAT])]
+GridName = Annotated[str, AfterValidator(_grid_name), Field(examples=[*COMMON_GRIDS, *GGUF_GRIDS, FLOAT])]
 
 
 class ModelSpec(Strict):

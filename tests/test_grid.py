@@ -5,12 +5,14 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from grid_cases import random_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lilliput.errors import GridError
 from lilliput.grid import (
     COMMON_GRIDS,
+    GGUF_GRIDS,
     Float,
     GridSpec,
     QuantizedTensor,
@@ -30,24 +32,12 @@ specs = st.builds(
 )
 
 
-def random_tensor(spec: GridSpec, rows: int, cols: int, seed: int) -> QuantizedTensor:
-    rng = np.random.default_rng(seed)
-    codes = rng.integers(spec.qmin, spec.qmax + 1, (rows, cols)).astype(spec.code_dtype)
-    shape = (rows, spec.blocks(cols))
-    scales = round_scale(rng.uniform(0.001, 2, shape), spec.scale_dtype)
-    if spec.offset == "none":
-        return QuantizedTensor(spec, codes, scales)
-    if spec.offset == "zero_point":
-        return QuantizedTensor(spec, codes, scales, rng.integers(0, spec.qmax + 1, shape).astype(np.uint8))
-    return QuantizedTensor(spec, codes, scales, round_scale(rng.normal(size=shape), spec.scale_dtype))
-
-
 @given(specs)
 def test_a_grid_is_found_by_its_name(spec: GridSpec) -> None:
     assert grid(spec.name) == spec
 
 
-@pytest.mark.parametrize("name", COMMON_GRIDS)
+@pytest.mark.parametrize("name", [*COMMON_GRIDS, *GGUF_GRIDS])
 def test_common_grids_exist_and_keep_their_name(name: str) -> None:
     assert grid(name).name == name
 
@@ -69,6 +59,8 @@ def test_bits_per_weight_counts_scales_and_offsets() -> None:
     assert grid("int4-b32-min-f16").bits_per_weight(576) == 5.0
     assert grid("int4-b32-zp").bits_per_weight(576) == 4.625
     assert grid("int8-channel-f32").bits_per_weight(64) == 8.5
+    bits = {"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "iq4_nl": 4.5, "iq4_xs": 4.25}
+    assert {name: grid(name).bits_per_weight(768) for name in GGUF_GRIDS} == bits
     assert grid("int4-b32").bits_per_weight(48) == 4 + 16 * 2 / 48  # the short block has a scale too
 
 
@@ -175,3 +167,49 @@ def test_same_as_sees_every_part() -> None:
         changed = {name: getattr(tensor, name).copy() for name in ("codes", "scales", "offsets")}
         changed[part][0, 0] = 15 - changed[part][0, 0]
         assert not tensor.same_as(QuantizedTensor(tensor.spec, **changed))
+
+
+@pytest.mark.parametrize("name", GGUF_GRIDS)
+def test_stacking_and_ordering_rows_keeps_the_values_of_gguf_grids(name: str) -> None:
+    tensors = [random_tensor(grid(name), 3, 300, seed) for seed in range(2)]  # a short block and super-block
+    stacked = concatenate_rows(tensors)
+    stacked.check("stacked")
+    assert np.array_equal(stacked.dequantize(), np.concatenate([t.dequantize() for t in tensors]))
+    order = np.array([5, 0, 3])
+    taken = take_rows(stacked, order)
+    taken.check("taken")
+    assert np.array_equal(taken.dequantize(), stacked.dequantize()[order])
+
+
+@given(st.sampled_from([n for n, spec in GGUF_GRIDS.items() if spec.super_blocks]), st.integers(0, 2**32))
+def test_integers_times_factors_are_the_scales(name: str, seed: int) -> None:
+    tensor = random_tensor(grid(name), 2, 512, seed)
+    assert tensor.supers is not None
+    scales, minima = tensor.integers()
+    assert np.array_equal(scales * tensor.per_block(tensor.supers[:, :, 0]), tensor.scales)
+    assert (minima is None) == (tensor.offsets is None)
+    if minima is not None:
+        assert np.array_equal(-minima * tensor.per_block(tensor.supers[:, :, 1]), tensor.offsets)
+    changed = {"codes": tensor.codes, "scales": tensor.scales, "offsets": tensor.offsets, "supers": tensor.supers * 2}
+    assert not tensor.same_as(QuantizedTensor(tensor.spec, **changed))
+
+
+def test_parts_that_leave_a_super_block_are_refused() -> None:
+    tensor = random_tensor(grid("q4_k"), 2, 512, 0)
+    assert tensor.supers is not None
+    parts = {"codes": tensor.codes, "scales": tensor.scales, "offsets": tensor.offsets, "supers": tensor.supers}
+    with pytest.raises(GridError, match="factors are none, wanted"):
+        QuantizedTensor(tensor.spec, **(parts | {"supers": None}))
+    with pytest.raises(GridError, match=r"factors are \(.*\), wanted none"):
+        QuantizedTensor(grid("int4-b32-min-f16"), **parts)
+    for part, factor, what in (("scales", 1.5, "scales"), ("scales", 64, "scales"), ("offsets", -1, "minima")):
+        with pytest.raises(GridError, match=f"w: {what} are not integers in"):
+            QuantizedTensor(tensor.spec, **(parts | {part: parts[part] * np.float32(factor)})).check("w")
+    scales, minima = (np.asarray(part) for part in tensor.integers())
+    off = np.full_like(tensor.supers, 70000)  # no float16
+    stretched = QuantizedTensor(tensor.spec, tensor.codes, scales * off[0, 0, 0], -minima * off[0, 0, 0], off)
+    with pytest.raises(GridError, match="float16"):
+        stretched.check("w")
+    zeros = QuantizedTensor(grid("iq4_nl"), np.zeros((1, 32), np.int8), np.ones((1, 1), np.float32))
+    with pytest.raises(GridError, match="codebook"):
+        zeros.check("w")

@@ -26,7 +26,16 @@ FILE_TYPES = {
     BlockType.F16: gguf.LlamaFileType.MOSTLY_F16,
     BlockType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     BlockType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    BlockType.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
+    BlockType.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
     BlockType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    BlockType.IQ4_NL: gguf.LlamaFileType.MOSTLY_IQ4_NL,
+    BlockType.IQ4_XS: gguf.LlamaFileType.MOSTLY_IQ4_XS,
+    BlockType.Q2_K: gguf.LlamaFileType.MOSTLY_Q2_K,
+    BlockType.Q3_K: gguf.LlamaFileType.MOSTLY_Q3_K_M,
+    BlockType.Q4_K: gguf.LlamaFileType.MOSTLY_Q4_K_M,
+    BlockType.Q5_K: gguf.LlamaFileType.MOSTLY_Q5_K_M,
+    BlockType.Q6_K: gguf.LlamaFileType.MOSTLY_Q6_K,
 }
 
 

@@ -26,6 +26,8 @@ BLOCK_MULTIPLE = 32  # XNNPACK's 4-bit kernels walk a row in steps of 32
 
 def refusal(spec: GridSpec, shape: tuple[int, int]) -> str | None:
     """Why a `.tflite` cannot hold such a matrix exactly, or None where it can."""
+    if spec.super_blocks or spec.codebook:
+        return f"{spec.name} is a grid of GGUF alone: choose int4-b32 or int8-channel"
     if spec.offset != "none":
         return f"LiteRT weights are symmetric, {spec.name} has a {spec.offset.replace('_', ' ')}: choose int4-b32"
     if spec.bits not in (4, 8):

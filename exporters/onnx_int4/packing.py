@@ -57,6 +57,8 @@ class Packed:
 
 def refusal(spec: GridSpec) -> str | None:
     """Why MatMulNBits cannot hold the grid exactly, or None."""
+    if spec.super_blocks or spec.codebook:
+        return f"{spec.name} is a grid of GGUF alone: choose int4-b32-zp-f16 or int8-b32"
     if spec.bits not in BITS:
         return f"MatMulNBits holds 2, 4 or 8 bits, not {spec.bits}"
     if spec.offset == "minimum":
