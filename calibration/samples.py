@@ -6,6 +6,9 @@
     PATH.jsonl        one JSON object a line: `text`, or `messages` for the chat template
     PATH              any other file is one UTF-8 text
 
+A list of {samples, count} is a mix: each part is gathered by itself, and they follow one another. The order of
+samples does not matter to statistics, which are sums over all tokens.
+
 Text is tokenized once and cut into sequences of `length`; `count` of them are taken at even distances.
 Sequences never cross the end of a text silently: texts are joined by the end-of-text token, as in training.
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,7 @@ from lilliput import texts
 from lilliput.errors import CalibrationError, MissingPackageError
 from lilliput.model import SourceModel
 from lilliput.progress import Progress, silent
+from lilliput.recipe_schema import SamplePart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +49,7 @@ class SampleOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    samples: str = "self"
+    samples: str | tuple[SamplePart, ...] = "self"
     count: int = Field(default=48, ge=1)
     length: int = Field(default=512, ge=2)  # tokens
     seed: int = 0
@@ -54,14 +58,29 @@ class SampleOptions(BaseModel):
     split: str = "train"  # of a dataset
     field: str = "text"  # of a dataset or JSONL file
 
+    @property
+    def text(self) -> str:
+        """The name of a single source."""
+        assert isinstance(self.samples, str), "a mix has no single text"
+        return self.samples
+
+    def parts(self) -> tuple[SampleOptions, ...]:
+        """A mix as options of single sources; parts that the model writes get seeds of their own."""
+        if isinstance(self.samples, str):
+            return (self,)
+        return tuple(
+            self.model_copy(update={**part.model_dump(exclude_none=True), "seed": self.seed + index})
+            for index, part in enumerate(self.samples)
+        )
+
 
 @dataclass(frozen=True)
 class Provenance:
     """What samples are, as reports and checkpoints record it."""
 
-    kind: str  # self, builtin, text, jsonl or dataset
+    kind: str  # self, builtin, text, jsonl, dataset or mix
     description: str
-    sha256: str  # of the text, or of the tokens where the model wrote them
+    sha256: str  # of the text, of the tokens where the model wrote them, or of a mix's parts' sha256
     count: int
     length: int  # tokens
 
@@ -86,6 +105,8 @@ def gather(source: SourceModel, options: SampleOptions, progress: Progress = sil
             f"calibration length is {options.length}, {source.name} has {source.config.max_positions} positions: "
             "shorten calibration.length"
         )
+    if not isinstance(options.samples, str):
+        return _mixed([gather(source, part, progress) for part in options.parts()])
     if options.samples == "self":
         return _generated(source, options, progress)
     kind, documents = _documents(source, options)
@@ -97,8 +118,17 @@ def gather(source: SourceModel, options: SampleOptions, progress: Progress = sil
         digest.update(document.encode())
         ids += ([*end] if ids else []) + tokenizer.encode(document, add_special_tokens=False, verbose=False)
     tokens = cut(ids, options, _prefix(tokenizer))
-    provenance = Provenance(kind, options.samples, digest.hexdigest(), *tokens.shape)
+    provenance = Provenance(kind, options.text, digest.hexdigest(), *tokens.shape)
     return Samples(tokens, provenance)
+
+
+def _mixed(parts: Sequence[Samples]) -> Samples:
+    """The parts' samples one after the other."""
+    tokens = np.concatenate([part.tokens for part in parts])
+    found = [part.provenance for part in parts]
+    digest = hashlib.sha256(" ".join(p.sha256 for p in found).encode()).hexdigest()
+    description = " + ".join(f"{p.count} x {p.description}" for p in found)
+    return Samples(tokens, Provenance("mix", description, digest, *tokens.shape))
 
 
 def cut(ids: list[int], options: SampleOptions, prefix: list[int]) -> Tokens:
@@ -151,9 +181,9 @@ def _documents(source: SourceModel, options: SampleOptions) -> tuple[str, Iterab
     """The kind of the samples and their texts."""
     if options.samples == "builtin":
         return "builtin", [texts.calibration_text()]
-    if options.samples.startswith(DATASET):
+    if options.text.startswith(DATASET):
         return "dataset", _dataset(source, options)
-    path = Path(options.samples)
+    path = Path(options.text)
     if not path.is_file():
         raise CalibrationError(
             f"calibration samples {options.samples!r}: no such file; wanted self, builtin, dataset:<id or path>, "
@@ -198,7 +228,7 @@ def _dataset(source: SourceModel, options: SampleOptions) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise MissingPackageError("datasets", "data", "calibration samples from a dataset") from error
-    name = options.samples.removeprefix(DATASET)
+    name = options.text.removeprefix(DATASET)
     try:
         rows = datasets.load_dataset(name, split=options.split, streaming=True)
     except Exception as error:  # datasets raises many kinds

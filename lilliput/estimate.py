@@ -54,7 +54,8 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
     seconds: dict[StageKind, float] = {
         "source": SOURCE_S * billions + TOKENIZE_S,
         "evaluation": TOKENIZE_S,
-        "samples": GENERATE_S * billions * samples + TOKENIZE_S if calibrated.samples == "self" else TOKENIZE_S,
+        "samples": GENERATE_S * billions * calibrated.generated * calibrated.length + TOKENIZE_S,
+        "coverage": TOKENIZE_S,
         "statistics": STATISTICS_S * billions * samples,
         "trace": TRACE_S,
         "reference": forward,
@@ -75,7 +76,7 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "validate": weights + weights // 4,  # the exact twin, while it is measured
     }
     caches = 2 * config.num_layers * config.num_kv_heads * config.head_dim * samples * FLOAT32_BYTES
-    kept = min(caches, CACHE_BYTES) if calibrated.samples == "self" else samples * config.hidden_size * FLOAT32_BYTES
+    kept = min(caches, CACHE_BYTES) if calibrated.generated else samples * config.hidden_size * FLOAT32_BYTES
     return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + kept + logits // 2)
 
 

@@ -1,6 +1,7 @@
 """The stages of a recipe as a graph, each with the key that addresses its result. Nothing is computed here.
 
     source ─┬─ evaluation ─┬─ reference ────────────┐
+            │       └ coverage (with samples)       │
             ├─ samples ── statistics ── quantize ───┼─ dequantized ─┐     one of each per distinct set of rules
             └─ trace ─────────────────────┴─ export ┴─ validate ◄───┘     one of each per target
 
@@ -21,7 +22,18 @@ from lilliput.fingerprint import fingerprint
 from lilliput.progress import Progress
 from lilliput.recipe_schema import FLOAT, Recipe, Rule, Target
 from lilliput.run import StageKind
-from lilliput.stages import dequantized, evaluation, export, quantize, reference, samples, source, statistics, trace
+from lilliput.stages import (
+    coverage,
+    dequantized,
+    evaluation,
+    export,
+    quantize,
+    reference,
+    samples,
+    source,
+    statistics,
+    trace,
+)
 from lilliput.stages import validate as validation
 from lilliput.store import key_of
 from lilliput.texts import EVALUATION_TEXTS, builtin_text, evaluation_text, text_sha256
@@ -75,6 +87,7 @@ class Graph:
     source: Stage
     evaluation: Stage
     samples: Stage | None  # None: no solver needs statistics
+    coverage: Stage | None  # of the samples
     statistics: Stage | None
     trace: Stage
     reference: Stage
@@ -82,7 +95,8 @@ class Graph:
 
     @property
     def order(self) -> tuple[Stage, ...]:
-        first = [self.source, self.evaluation, self.samples, self.trace, self.reference, self.statistics]
+        first = [self.source, self.evaluation, self.samples, self.coverage, self.trace, self.reference]
+        first.append(self.statistics)
         solved = [s for t in self.targets for s in (t.solution.quantize, t.solution.dequantized)]
         made = [s for t in self.targets for s in (t.export, t.validate)]
         return tuple(dict.fromkeys(s for s in [*first, *solved, *made] if s is not None))
@@ -94,6 +108,7 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
     evaluated = _evaluation(recipe, loaded)
     needs = any(_needs_statistics(rule) for target in recipe.targets for rule in recipe.rules_of(target))
     sampled = _samples(recipe, loaded) if needs else None
+    covered = _coverage(loaded, sampled, evaluated) if sampled else None
     gathered = _statistics(loaded, sampled) if sampled else None
     traced = _trace(recipe, loaded)
     held = Stage(
@@ -109,7 +124,7 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
             label = _label(rules, [s.quantize.subject for s in solutions.values()])
             solutions[text] = _solution(recipe, rules, label, loaded, gathered, evaluated, held)
         stages.append(_target(target, solutions[text], loaded, traced, evaluated, held, host))
-    return Graph(recipe, loaded, evaluated, sampled, gathered, traced, held, tuple(stages))
+    return Graph(recipe, loaded, evaluated, sampled, covered, gathered, traced, held, tuple(stages))
 
 
 def _source(recipe: Recipe, source_sha256: str) -> Stage:
@@ -131,10 +146,18 @@ def _evaluation(recipe: Recipe, loaded: Stage) -> Stage:
 
 def _samples(recipe: Recipe, loaded: Stage) -> Stage:
     options = recipe.calibration.model_dump() | {"seed": recipe.seed}
-    digest = "" if recipe.calibration.samples == "self" else _text_sha256(recipe.calibration.samples)
+    texts = [part.samples for part in recipe.calibration.parts]
+    digest = " ".join("" if text == "self" else _text_sha256(text) for text in texts)
     return Stage(
         "samples", "", (loaded,), (), {**options, "sha256": digest},
         lambda at, folder, progress: samples.work(at(loaded), options, folder, progress),
+    )  # fmt: skip
+
+
+def _coverage(loaded: Stage, sampled: Stage, evaluated: Stage) -> Stage:
+    return Stage(
+        "coverage", "", (loaded, sampled, evaluated), (), {},
+        lambda at, folder, progress: coverage.work(at(loaded), at(sampled), at(evaluated), folder, progress),
     )  # fmt: skip
 
 

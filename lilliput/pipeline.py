@@ -25,6 +25,7 @@ from lilliput.recipe_schema import Recipe
 from lilliput.report import Report, StageTime, TensorClass
 from lilliput.results import Host, TargetResult, worst
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Quiet, Run, Watcher
+from lilliput.stages import coverage
 from lilliput.stages import export as exporting
 from lilliput.stages import validate as validation
 from lilliput.store import Store, default_root, publish
@@ -120,18 +121,20 @@ def _report(plan: Plan, graph: Graph, work: Work) -> Report:
     targets = tuple(
         validation.judged(work.folder(stages.validate), plan.recipe.gates_of(stages.target)) for stages in graph.targets
     )
+    covered = coverage.load(work.folder(graph.coverage)) if graph.coverage else None
     return Report(
         verdict=worst([target.verdict for target in targets]),
         recipe=facts.recipe_facts(recipe, plan.recipe_sha256),
         source=facts.source_facts(recipe, source),
         calibration=facts.calibration_facts(work.folder(graph.samples)) if graph.samples else None,
         evaluation=facts.evaluation_facts(recipe, work.folder(graph.evaluation)),
+        coverage=covered,
         host=_host(recipe),
         versions=facts.versions(),
         tensors=_tensors(graph, source),
         targets=targets,
         stages=tuple(work.times),
-        notes=facts.proofs(source),
+        notes=(*facts.proofs(source), *(covered.warnings if covered else ())),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from lilliput import registry
 from lilliput.errors import RecipeError, did_you_mean
 from lilliput.listing import recipes_folder
-from lilliput.recipe_schema import Calibration, Evaluation, ModelSpec, Plugin, Recipe, Rule, Target
+from lilliput.recipe_schema import Calibration, Evaluation, ModelSpec, Plugin, Recipe, Rule, SamplePart, Target
 from lilliput.results import Gate
 
 __all__ = [
@@ -41,6 +41,7 @@ DEFAULT = "smollm2-135m-everywhere"
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSpec,
     "calibration": Calibration,
+    "mix": SamplePart,
     "evaluation": Evaluation,
     "targets": Target,
     "quantize": Rule,

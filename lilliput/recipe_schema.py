@@ -30,7 +30,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     WithJsonSchema,
     model_serializer,
     model_validator,
@@ -116,16 +118,61 @@ class ModelSpec(Strict):
     allow_remote_code: bool = False
 
 
-class Calibration(Strict):
-    """Samples: `self` (the model writes them), `builtin`, dataset:<id or path>, a .jsonl file or another text."""
+class SamplePart(Strict):
+    """One source of a mix, and how many samples it gives; `split` and `field` default to the calibration's own."""
 
-    samples: str = Field(default="self", min_length=1)
+    samples: str = Field(min_length=1)
+    count: int = Field(ge=1)
+    split: str | None = None
+    field: str | None = None
+
+
+Mix = Annotated[tuple[SamplePart, ...], Field(min_length=1), BeforeValidator(_tuple)]
+Samples = Annotated[
+    Annotated[str, Field(min_length=1), Tag("text")] | Annotated[Mix, Tag("mix")],
+    Discriminator(lambda value: "mix" if isinstance(value, list | tuple) else "text"),
+]
+
+
+class Calibration(Strict):
+    """Samples: `self` (the model writes them), `builtin`, dataset:<id or path>, a .jsonl file or another text.
+
+    A list of {samples, count} mixes several; `count` is then their sum.
+    """
+
+    samples: Samples = "self"
     count: int = Field(default=48, ge=1)
     length: int = Field(default=512, ge=2)  # tokens in a sample
     temperature: float = Field(default=1.0, gt=0)  # of self-generated samples
     top_k: int = Field(default=0, ge=0)  # likewise; 0 draws from the whole vocabulary
     split: str = "train"  # of a dataset
     field: str = "text"  # of a dataset or JSONL file
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_of_mix(cls, value: object) -> object:
+        """Without a count of its own, a mix has the sum of its parts'."""
+        if not isinstance(value, dict) or not isinstance(parts := value.get("samples"), list | tuple):
+            return value
+        counts = [part.get("count") for part in parts if isinstance(part, dict)]
+        return {"count": sum(c for c in counts if isinstance(c, int)) or 1, **value}
+
+    @model_validator(mode="after")
+    def _count_is_the_sum(self) -> Self:
+        total = sum(part.count for part in self.parts)
+        if self.count != total:
+            raise ValueError(f"count is {self.count}, the parts of the mix have {total}: leave count out, or mend it")
+        return self
+
+    @property
+    def parts(self) -> tuple[SamplePart, ...]:
+        """The sources, each with its count: one where `samples` is no list."""
+        return (SamplePart(samples=self.samples, count=self.count),) if isinstance(self.samples, str) else self.samples
+
+    @property
+    def generated(self) -> int:
+        """Samples that the model writes itself."""
+        return sum(part.count for part in self.parts if part.samples == "self")
 
 
 class Rule(Strict):

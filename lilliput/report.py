@@ -45,6 +45,22 @@ class TextFacts(Record):
     sha256: str
 
 
+class Slice(Record):
+    """A kind of text (calibration.coverage): its share of the tokens that calibrate, and of those that judge."""
+
+    name: str
+    calibration: float
+    evaluation: float
+
+
+class Coverage(Record):
+    """What calibration holds of what is judged. `shared`: of the evaluation's runs of tokens (calibration.overlap)."""
+
+    slices: tuple[Slice, ...]
+    warnings: tuple[str, ...]
+    shared: float
+
+
 class TensorClass(Record):
     """Tensors that one rule of the recipe treats alike. bits_per_weight counts their scales and offsets."""
 
@@ -74,6 +90,7 @@ class Report(Record):
     source: SourceFacts
     calibration: TextFacts | None  # None: no rule needed statistics
     evaluation: TextFacts
+    coverage: Coverage | None = None  # None: nothing was calibrated
     host: Host
     versions: dict[str, str]  # lilliput's own and those of the shared packages
     tensors: tuple[TensorClass, ...]

@@ -18,8 +18,8 @@ from jinja2 import Environment, StrictUndefined
 
 from lilliput import figures
 from lilliput.ladder import Step, costliest, steps
-from lilliput.report import Report
-from lilliput.report_table import headline, reasons
+from lilliput.report import Coverage, Report
+from lilliput.report_table import headline, reasons, shown
 from lilliput.results import TargetResult
 
 HAIRLINE = 0.4  # the narrowest bar, in percent of the width: below it nothing would be seen
@@ -187,4 +187,15 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
 def _texts(report: Report) -> list[tuple[str, str]]:
     texts = [("evaluation", report.evaluation), ("calibration", report.calibration)]
     found = [(use, f"{text.origin}, {text.tokens:,} tokens, sha256 {text.sha256}") for use, text in texts if text]
-    return found if report.calibration else [*found, ("calibration", "none: no rule needed statistics")]
+    if report.calibration is None:
+        found.append(("calibration", "none: no rule needed statistics"))
+    return [*found, *_covered(report.coverage)] if report.coverage else found
+
+
+def _covered(coverage: Coverage) -> list[tuple[str, str]]:
+    """Each slice's share of the tokens that calibrate and that judge."""
+    rows = [
+        (s.name, f"{figures.percent(s.calibration)} of calibration, {figures.percent(s.evaluation)} of evaluation")
+        for s in shown(coverage)
+    ]
+    return [*rows, ("in common", f"{figures.percent(coverage.shared)} of the evaluation's runs of tokens")]

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from lilliput import figures
 from lilliput.ladder import guilty, steps
-from lilliput.report import Report
+from lilliput.report import Coverage, Report, Slice
 from lilliput.results import GateResult, RungName, TargetResult
 
 COLUMNS = ("target", "verdict", "size", "decode", "prefill", "TTFT", "peak RSS", "mean KLD", "top-1", "perplexity")
+
+LEAST_SHOWN = 0.005
 
 RUNGS: tuple[RungName, ...] = ("dequantized", "read_back", "exact", "shipped")
 
@@ -78,6 +80,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield from _table(("target", *RUNGS, "together"), map(_ladder_row, report.targets))
     yield ""
     yield _provenance(report)
+    yield from _coverage(report)
     notes = [*report.notes, *(f"{t.name}: {note}" for t in report.targets for note in t.notes)]
     if notes:
         yield from ("", "What was proven, refused, or kept in float:", "")
@@ -95,6 +98,21 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
     titles = list(head)
     for row in (titles, ["---", "---", *["---:"] * (len(titles) - 2)], *rows):
         yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+
+
+def _coverage(report: Report) -> Iterator[str]:
+    """Each slice's share of the tokens that calibrate and that judge."""
+    if report.coverage is None:
+        return
+    shared = figures.percent(report.coverage.shared)
+    yield from ("", f"What calibration holds of what is judged, in shares of tokens (text in common: {shared}):", "")
+    rows = [(s.name, figures.percent(s.calibration), figures.percent(s.evaluation)) for s in shown(report.coverage)]
+    yield from _table(("slice", "calibration", "evaluation"), rows)
+
+
+def shown(coverage: Coverage) -> list[Slice]:
+    """Slices of at least half a percent on either side."""
+    return [s for s in coverage.slices if max(s.calibration, s.evaluation) >= LEAST_SHOWN]
 
 
 def _provenance(report: Report) -> str:

@@ -19,6 +19,7 @@ StageKind = Literal[
     "source",
     "evaluation",
     "samples",
+    "coverage",
     "trace",
     "reference",
     "statistics",

@@ -85,6 +85,8 @@ def plan_json(plan: Plan) -> str:
 def show_report(report: Report, out: Path) -> None:
     """The end of a run: the figures, the verdict, why, and where the report is."""
     show_targets(report.targets)
+    for warning in report.coverage.warnings if report.coverage else ():
+        console().print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
     console().print(f"[{COLOURS[report.verdict]}]{report.verdict}[/] {escape(headline(report))}")
     console().print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
 

@@ -18,11 +18,10 @@ from lilliput import manifest, report
 from lilliput.results import TargetResult
 
 TARGETS = ("onnx", "litert", "gguf")
-COMMON = [
-    "source", "evaluation", "samples", "trace", "reference", "statistics",
-    "quantize:int4-b32+int8-channel", "dequantized:int4-b32+int8-channel",
-]  # fmt: skip
-STAGES = [*COMMON, *(f"{kind}:{name}" for name in TARGETS for kind in ("export", "validate")), "report"]
+SOLVED = ["trace", "reference", "statistics", "quantize:int4-b32+int8-channel", "dequantized:int4-b32+int8-channel"]
+COMMON = ["source", "evaluation", "samples", *SOLVED]  # what each artifact comes from
+SHARED = ["source", "evaluation", "samples", "coverage", *SOLVED]
+STAGES = [*SHARED, *(f"{kind}:{name}" for name in TARGETS for kind in ("export", "validate")), "report"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def test_kill_9_anywhere_repeats_no_finished_stage_and_changes_no_byte(
 
 def test_fresh_does_all_again_and_gives_the_same_bytes(undisturbed: Undisturbed, tmp_path: Path) -> None:
     events = drive(tmp_path, [undisturbed.job | {"out": str(tmp_path / "out"), "fresh": True, "targets": ["onnx"]}])
-    assert events.of(0, "built") == [*COMMON, "export:onnx", "validate:onnx", "report"]
+    assert events.of(0, "built") == [*SHARED, "export:onnx", "validate:onnx", "report"]
     expected = {name: value for name, value in artifact_hashes(undisturbed.out).items() if name.startswith("onnx/")}
     assert artifact_hashes(tmp_path / "out") == expected
 
@@ -177,13 +176,32 @@ def test_what_changes_decides_what_is_done(undisturbed: Undisturbed, tmp_path: P
     ]
     jobs = [job | {"out": str(tmp_path / str(n)), "overrides": change} for n, change in enumerate(changes)]
     events = drive(tmp_path, jobs)
-    measures = ["evaluation", "reference", "dequantized:int4-b32+int8-channel", "validate:gguf", "report"]
+    measures = ["evaluation", "coverage", "reference", "dequantized:int4-b32+int8-channel", "validate:gguf", "report"]
     own = ["quantize:int8-b32", "dequantized:int8-b32", "export:gguf", "validate:gguf", "report"]
     assert events.of(0, "built") == ["report"]
     assert events.exit_code(0) == 1, "the new limit is missed"
     assert events.of(1, "built") == measures
     assert events.of(2, "built") == ["trace", "export:gguf", "validate:gguf", "report"]
     assert events.of(3, "built") == own
+
+
+def test_calibrating_on_the_text_that_judges_is_refused_before_long_work(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    from tiny_models import TEXT
+
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 4)
+    sizes = [f"{section}.{key}" for section in ("calibration", "evaluation") for key in ("count=8", "length=32")]
+    job = undisturbed.job | {"out": str(tmp_path / "out"), "targets": ["gguf"]}
+    texts = [
+        f"evaluation.text={path}",
+        f"calibration.samples=[{{samples: {path}, count: 6}}, {{samples: self, count: 2}}]",
+    ]
+    events = drive(tmp_path, [job | {"overrides": [*sizes, *texts]}])
+    assert events.exit_code(0) == 2
+    assert f"share text with the evaluation text '{path}'" in events.of(0, "error")[0]
+    assert events.of(0, "built") == ["evaluation", "samples"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])

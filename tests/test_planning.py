@@ -36,7 +36,7 @@ def test_a_plan_touches_nothing_and_lists_all_that_is_to_do(tmp_path: Path, mode
     made = pipeline.plan(tiny_recipe.recipe(tmp_path, model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "cache").exists()
-    assert [stage.cached for stage in made.stages] == [False] * 15
+    assert [stage.cached for stage in made.stages] == [False] * 16
     assert made.stages[-1].name == "report"
     assert made.seconds == pytest.approx(sum(stage.seconds for stage in made.stages))
     assert [target.name for target in made.targets] == ["onnx", "litert", "gguf"]

@@ -185,3 +185,32 @@ def test_the_schema_is_json_with_the_plugins_names() -> None:
 def test_a_schema_validates_what_load_reads(tmp_path: Path) -> None:
     names = set(json.loads(recipe.json_schema())["properties"])
     assert names == set(recipe.Recipe.model_fields)
+
+
+MIX = "[{samples: self, count: 24}, {samples: rows.jsonl, count: 8, field: words}]"
+
+
+def test_a_mix_of_samples_has_the_count_of_its_parts(tmp_path: Path) -> None:
+    read = recipe.load(write(tmp_path, GOOD), [f"calibration.samples={MIX}"]).calibration
+    assert (read.count, read.generated) == (32, 24)
+    assert [(part.samples, part.count, part.field) for part in read.parts] == [
+        ("self", 24, None),
+        ("rows.jsonl", 8, "words"),
+    ]
+    single = recipe.load(write(tmp_path, GOOD), ["calibration.samples=builtin"]).calibration
+    assert (single.samples, single.count, single.generated) == ("builtin", 48, 0)
+    assert recipe.Calibration.model_validate_json(read.model_dump_json()) == read
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([f"calibration.samples={MIX}", "calibration.count=48"], "count is 48, the parts of the mix have 32"),
+        (["calibration.samples=[]"], "calibration.samples.mix"),
+        (["calibration.samples=3"], "calibration.samples.text: Input should be a valid string"),
+        (["calibration.samples=[{samples: self}]"], "calibration.samples.mix[0].count: this key is required"),
+        (["calibration.samples=[{samples: self, cuont: 1}]"], "did you mean 'count'? known: count, field, samples"),
+    ],
+)
+def test_a_mix_that_does_not_fit_is_refused(tmp_path: Path, settings: list[str], message: str) -> None:
+    assert message in refused(tmp_path, GOOD, *settings)

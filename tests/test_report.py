@@ -76,6 +76,16 @@ def test_written_report_reads_back(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.html", "report.json", "report.md"]
 
 
+def test_the_report_says_what_calibration_holds_of_what_is_judged() -> None:
+    text, page = markdown(report()), Page(html(report())).text
+    assert "| code | 1.2 % | 11.3 % |" in text
+    assert "text in common: 1.2 %" in text
+    assert "| JSON |" not in text, "less than half a percent on both sides"
+    assert "1.2 % of calibration, 11.3 % of evaluation" in page
+    bare = report().model_copy(update={"coverage": None})
+    assert "slice" not in markdown(bare)
+
+
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"verdict": "PASS"}')
     with pytest.raises(ArtifactError, match=r"report.json: not a report of this version \(recipe: Field required\)"):
@@ -213,7 +223,8 @@ def test_markdown_tables_are_whole() -> None:
     lines = markdown(report()).splitlines()
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables[:5]} == {11}
-    assert {line.count("|") for line in tables[5:]} == {7}
+    assert {line.count("|") for line in tables[5:10]} == {7}
+    assert {line.count("|") for line in tables[10:]} == {4}
     assert "| litert | +0.103 | 0 | +3.0e-6 | +0.139 | 0.242 |" in tables
 
 

@@ -201,3 +201,26 @@ def test_tokens_are_drawn_from_the_softmax() -> None:
     assert torch.allclose(
         torch.bincount(sharper, minlength=4) / len(sharper), torch.tensor([25, 0, 0, 9]) / 34, atol=0.01
     )
+
+
+def test_a_mix_is_its_parts_one_after_the_other(source: SourceModel, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    parts = [{"samples": str(path), "count": 2}, {"samples": "self", "count": 3}, {"samples": "self", "count": 2}]
+    found = gather(source, options(samples=parts, count=7, seed=5))
+    assert np.array_equal(found.tokens[:2], gather(source, options(samples=str(path), count=2)).tokens)
+    assert np.array_equal(found.tokens[2:5], gather(source, options(samples="self", count=3, seed=6)).tokens)
+    assert not np.array_equal(found.tokens[2:4], found.tokens[5:]), "the second has a seed of its own"
+    assert (found.provenance.kind, found.provenance.count, found.provenance.length) == ("mix", 7, 16)
+    assert found.provenance.description.startswith(f"2 x {path} + 3 x sampled from")
+    samples.save(found, tmp_path / "stage")
+    assert samples.load(tmp_path / "stage").provenance == found.provenance
+
+
+def test_a_parts_own_field_replaces_the_mixs(source: SourceModel, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"words": TEXT}) + "\n")
+    parts = [{"samples": str(path), "count": 1, "field": "words"}]
+    assert gather(source, options(samples=parts, count=1)).tokens[0].tolist() == ids_of(source, TEXT)[:16]
+    with pytest.raises(CalibrationError, match="wanted a text under 'text'"):
+        gather(source, options(samples=[{"samples": str(path), "count": 1}], count=1))
