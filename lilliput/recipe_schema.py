@@ -5,7 +5,7 @@
     seed: 0
     context: 1024                                # KV cache positions of the artifacts
     prefill: 128                                 # prompt chunk where a format needs a fixed one
-    calibration: {samples: self, count: 48, length: 512}
+    calibration: {samples: self, count: 48, length: 512}     # or samples: [{samples: self, count: 24}, …]
     quantize:                                    # first match wins; a matrix that matches no rule is an error
       - {match: "layers.*", grid: int4-b32, solver: gptq}
       - {match: "embedding", grid: int8-channel, solver: rtn}
