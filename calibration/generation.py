@@ -5,8 +5,9 @@ sample starts from one token of its own, drawn from the vocabulary, so that the 
 and kind; the rest follows at a temperature. All samples run as one batch, one token a step: a step reads
 each weight once for all of them.
 
-Memory: the caches, 2 * layers * (batch, kv_heads, length, head_dim) float32; a batch is made as large as
-CACHE_BYTES allows.
+Memory: the weights, and the caches of one batch, 2 * layers * (batch, kv_heads, length, head_dim) float32. A batch is
+as large as a quarter of the weights' bytes allows, and CACHE_BYTES at most: so a process that samples stays below
+twice the weights. (SmolLM2-135M: 5 samples of 512 tokens; a model of a billion parameters: some 30.)
 
 A token is drawn by the inverse of the distribution function: one uniform number and one cumulative sum a
 sample, nine times faster than torch.multinomial over a vocabulary of 49,152.
@@ -14,6 +15,7 @@ sample, nine times faster than torch.multinomial over a vocabulary of 49,152.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,9 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lilliput.decoder import Attention, Decoder, Layer, rotate, split_heads
+from lilliput.model import DecoderConfig
 from lilliput.progress import Progress, silent
 
 CACHE_BYTES = 5 << 28
+FLOAT32_BYTES = 4
 
 Tokens = npt.NDArray[np.int32]
 
@@ -47,9 +51,8 @@ class Sampling:
 def generate(decoder: Decoder, sampling: Sampling, progress: Progress = silent) -> Tokens:
     """(count, length) int32. The same decoder, sampling and number of threads give the same tokens."""
     config = decoder.config
-    per_sample = 8 * config.num_layers * config.num_kv_heads * config.head_dim * sampling.length
-    batches = -(-sampling.count // max(1, CACHE_BYTES // per_sample))
-    batch = -(-sampling.count // batches)
+    batch = batch_size(config, sampling)
+    batches = -(-sampling.count // batch)
     generator = torch.Generator().manual_seed(sampling.seed)
     starts = _starts(config.vocab_size, sampling, generator)
     rows, total = [], batches * sampling.length
@@ -61,6 +64,14 @@ def generate(decoder: Decoder, sampling: Sampling, progress: Progress = silent) 
             progress(index * sampling.length + len(columns), total)
         rows.append(torch.stack(columns, dim=1))
     return torch.cat(rows).numpy().astype(np.int32)
+
+
+def batch_size(config: DecoderConfig, sampling: Sampling) -> int:
+    """Samples that run together: as even as their caches' limit allows."""
+    per_sample = FLOAT32_BYTES * 2 * config.num_layers * config.num_kv_heads * config.head_dim * sampling.length
+    weights_bytes = FLOAT32_BYTES * sum(math.prod(shape) for shape in config.parameter_shapes().values())
+    fitting = max(1, min(CACHE_BYTES, weights_bytes // 4) // per_sample)
+    return -(-sampling.count // -(-sampling.count // fitting))
 
 
 def _starts(vocab_size: int, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -76,7 +76,8 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "validate": weights + weights // 4,  # the exact twin, while it is measured
     }
     caches = 2 * config.num_layers * config.num_kv_heads * config.head_dim * samples * FLOAT32_BYTES
-    kept = min(caches, CACHE_BYTES) if calibrated.generated else samples * config.hidden_size * FLOAT32_BYTES
+    drawn = min(caches, CACHE_BYTES, weights // 4)
+    kept = drawn if calibrated.generated else samples * config.hidden_size * FLOAT32_BYTES
     return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + kept + logits // 2)
 
 

@@ -19,9 +19,10 @@ All three speak of one decoder (lilliput/decoder.py) by the same parameter names
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import safe_open
@@ -103,26 +104,37 @@ def role_of(name: str) -> Role:
 
 
 class Weights(Mapping[str, Float]):
-    """Read-only parameters of one safetensors file, each read when asked for: (shape as stored) float32."""
+    """Read-only parameters of one safetensors file, each read when asked for: (shape as stored) float32.
+
+    The file is opened anew for each: an open one stays mapped, and every page that was read counts as this
+    process's memory until it is closed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = safe_open(path, framework="numpy")
-        except Exception as error:  # safetensors raises its own untyped errors
-            raise SourceError(f"{path}: not a readable safetensors file ({error})") from error
-        self._names = tuple(self._file.keys())  # type: ignore[no-untyped-call]
+        with self._open() as file:
+            self._names = frozenset(file.keys())
 
     def __getitem__(self, name: str) -> Float:
         if name not in self._names:
             raise KeyError(name)
-        return np.asarray(self._file.get_tensor(name), dtype=np.float32)  # type: ignore[no-untyped-call]
+        with self._open() as file:
+            return np.asarray(file.get_tensor(name), dtype=np.float32)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(sorted(self._names))
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            file = safe_open(self.path, framework="numpy")
+        except Exception as error:  # safetensors raises its own untyped errors
+            raise SourceError(f"{self.path}: not a readable safetensors file ({error})") from error
+        with file:
+            yield file
 
 
 @dataclass(frozen=True, eq=False)

@@ -548,3 +548,11 @@ def test_a_package_without_the_file_says_what_it_holds(package: str, tmp_path: P
 def test_a_package_source_of_another_form_is_refused(name: str) -> None:
     with pytest.raises(LilliputError, match="wanted package:NAME/PATH"):
         source.resolve(name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are listed in /proc on Linux only")
+def test_weights_leave_no_file_mapped(llama_folder: Path, tmp_path: Path) -> None:
+    """Mapped pages count as this process's memory, though nothing uses them."""
+    model = source.load(str(llama_folder), tmp_path / "stage")
+    assert all(model.weights[name].size for name in model.weights)
+    assert "weights.safetensors" not in Path("/proc/self/maps").read_text()

@@ -16,7 +16,7 @@ from calibration.generation import Sampling, generate
 from calibration.samples import SampleOptions, cut, gather
 from lilliput.decoder import build
 from lilliput.errors import CalibrationError, InputError, MissingPackageError
-from lilliput.model import SourceModel
+from lilliput.model import DecoderConfig, SourceModel
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,18 @@ def test_memory_bounds_the_batch_and_progress_ends_at_its_total(
     tokens = generate(build(source), sampling(count=5), lambda done, total: seen.append((done, total)))
     assert tokens.shape == (5, 8)
     assert seen == [(i + 1, 16) for i in range(16)]
+
+
+def test_caches_of_a_batch_take_a_quarter_of_the_weights_at_most() -> None:
+    """SmolLM2-135M's shape: 538 MB of weights, 23.6 MB of caches a sample of 512 tokens."""
+    smol = DecoderConfig(
+        family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+        num_kv_heads=3, head_dim=64, max_positions=8192, norm="rms", norm_eps=1e-5, positions="rope",
+        activation="silu", gated_mlp=True, attention_bias=False, mlp_bias=False, tied_embeddings=True,
+    )  # fmt: skip
+    assert generation.batch_size(smol, sampling(count=48, length=512)) == 5
+    assert generation.batch_size(smol, sampling(count=12, length=512)) == 4  # three even batches
+    assert generation.batch_size(smol, sampling(count=4, length=8192)) == 1  # one sample needs more: it runs alone
 
 
 def test_tokens_are_drawn_from_the_softmax() -> None:
