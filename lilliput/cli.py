@@ -81,7 +81,7 @@ def run(
     if dry_run:
         typer.echo(terminal.plan_json(plan)) if as_json else terminal.show_plan(plan)
         return
-    with StageDisplay(plan) as watcher:
+    with StageDisplay(plan.stages) as watcher:
         done = pipeline.run(plan, watcher)
     if as_json:
         typer.echo(done.report.model_dump_json(indent=2))
@@ -141,6 +141,29 @@ def compare(
         typer.echo(found.model_dump_json(indent=2))
     else:
         terminal.show_comparison(found)
+
+
+@app.command()
+def ab(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a ready recipe's name.")],
+    set_a: Annotated[list[str], typer.Option("--set-a", metavar="KEY=VALUE", help="Set a value of A.")] = [],  # noqa: B006
+    set_b: Annotated[list[str], typer.Option("--set-b", metavar="KEY=VALUE", help="Set a value of B.")] = [],  # noqa: B006
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a value of both.")] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Solve a recipe with two settings, e.g. of calibration.samples, and say which loses less on the same text."""
+    from lilliput import ab as abs_
+    from lilliput import terminal
+    from lilliput.recipe import load
+    from lilliput.terminal_progress import StageDisplay
+
+    both = abs_.sides(load(recipe, [*settings, *set_a]), load(recipe, [*settings, *set_b]), set_a, set_b)
+    with StageDisplay(abs_.planned(both)) as watcher:
+        found = abs_.ab(both, watcher)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        terminal.show_ab(found)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lilliput import figures
+from lilliput.ab import AB
 from lilliput.chat import Conversation
 from lilliput.compare import Comparison, Difference
 from lilliput.doctor import Check
@@ -187,6 +188,29 @@ def _difference(found: Difference, reasons: Sequence[str]) -> tuple[str, ...]:
     colour = FINDING_COLOURS.get(found.finding)
     meaning = f"[{colour}]{found.finding}[/]" if colour else found.finding
     return found.metric, a, b, change, f"{meaning} ({reasons.index(found.note) + 1})" if found.note else meaning
+
+
+def show_ab(found: AB) -> None:
+    """A row for each pair of solved models, and in words what the difference means."""
+    out = console()
+    for name, settings, text in (
+        ("A", found.settings_a, found.calibration_a),
+        ("B", found.settings_b, found.calibration_b),
+    ):
+        out.print(f"{name} {' '.join(settings) or '(the recipe as it is)'}", markup=False, soft_wrap=True)
+        out.print(f"  calibration: {text.origin if text else 'none'}", style="dim", markup=False, soft_wrap=True)
+    made = table("mean KLD", "A", "B", "B − A", "95 % interval", "finding")
+    for pair in found.pairs:
+        between = (
+            f"{figures.signed(pair.interval.low)} to {figures.signed(pair.interval.high)}" if pair.interval else ""
+        )
+        klds = (figures.number(pair.mean_kld_a), figures.number(pair.mean_kld_b), figures.signed(pair.difference))
+        made.add_row(", ".join(pair.targets), *klds, between, pair.finding)
+    out.print(made)
+    where = f"on {found.tokens:,} scored tokens of {found.evaluation.origin}, in torch; the interval is over chunks"
+    out.print(where, markup=False, soft_wrap=True)
+    if any(pair.finding == "the noise is too large" for pair in found.pairs):
+        out.print("to tell more, evaluate more: --set evaluation.count=…", markup=False, soft_wrap=True)
 
 
 def talk(conversation: Conversation, prompt: str | None) -> None:

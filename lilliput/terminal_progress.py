@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +14,7 @@ from lilliput import figures
 from lilliput.progress import Progress as Callback
 from lilliput.progress import silent
 from lilliput.report import StageTime
-from lilliput.run import Plan, PlannedStage
+from lilliput.run import PlannedStage
 
 
 def _bars(console: Console) -> Progress:
@@ -34,11 +35,11 @@ class StageDisplay:
     A stage may start within another: a damaged result that is needed is made anew.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, stages: Sequence[PlannedStage]) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._bars = _bars(self._console) if sys.stderr.isatty() else None
-        self._left = {stage.name: 0.0 if stage.cached else stage.seconds for stage in plan.stages}
-        self._count = len(plan.stages)
+        self._left = {stage.name: 0.0 if stage.cached else stage.seconds for stage in stages}
+        self._count = len(stages)
         self._tasks: dict[str, TaskID] = {}
         self._expected = self._taken = 0.0  # seconds of the stages that are done, by the plan and by the clock
 

@@ -20,7 +20,7 @@ from lilliput.report import Report, StageTime
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Run, Watcher
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "tensorflow", "numpy", "pydantic", "gguf", "jinja2", "yaml")
-COMMANDS = ("run", "validate", "inspect", "compare", "chat", "list", "schema", "doctor")
+COMMANDS = ("run", "validate", "inspect", "compare", "ab", "chat", "list", "schema", "doctor")
 
 
 RECIPE = """
@@ -328,7 +328,7 @@ def test_progress_counts_a_stage_that_is_done_again(
     from lilliput.terminal_progress import StageDisplay
 
     plan = replace(a_plan(recipe, tmp_path), stages=a_plan(recipe, tmp_path).stages[:2])
-    with StageDisplay(plan) as display:
+    with StageDisplay(plan.stages) as display:
         display.finished(StageTime(name="source", seconds=0, cached=True))
         display.finished(StageTime(name="source", seconds=2, cached=False))
     assert capsys.readouterr().err.splitlines() == [
@@ -344,6 +344,6 @@ def test_remaining_time_follows_the_pace_of_this_machine(
 
     first = PlannedStage("source", "", "ab" * 32, cached=False, seconds=10.0)
     plan = replace(a_plan(recipe, tmp_path), stages=(first, *a_plan(recipe, tmp_path).stages[1:]))
-    with StageDisplay(plan) as display:
+    with StageDisplay(plan.stages) as display:
         display.finished(StageTime(name="source", seconds=20, cached=False))
     assert capsys.readouterr().err == "[1/3] source: 20 s, about 2 min 30 s left\n"
