@@ -4,19 +4,18 @@ Rules are shell patterns over parameter names, the first that matches wins (lill
 Norms, biases and learned positions stay in float, and so does what a rule keeps so; provenance names the
 latter. A tied embedding is one parameter: lookup and head get the same codes.
 
-Matrices do not depend on each other: as many are solved at once as torch has threads, each on one thread.
-So the codes are the same for any number of threads, and small steps do not wait at a barrier of threads.
+A rule's transforms come first, for all matrices (calibration.chain). Matrices do not depend on each other then: as
+many are solved at once as torch has threads (calibration.parallel).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import torch
-
 from calibration.base import InputStatistics, Solver, SolverOptions
+from calibration.chain import MatrixErrors, errors_of, prepare, steps_of
+from calibration.parallel import in_parallel
 from calibration.statistics import Statistics
 from lilliput import registry
 from lilliput.errors import CalibrationError
@@ -39,33 +38,24 @@ def solve(
     check_rules(rules, source)
     assigned = assign(tuple(rules), source.config)
     solvers = {id(rule): _solver(rule, statistics) for rule in _distinct(assigned) if rule.grid != FLOAT}
+    prepared = prepare(source, assigned, statistics)
 
-    def one(name: str) -> tuple[str, QuantizedTensor]:
-        found = statistics.get(name) if statistics else None
-        tensor = solvers[id(assigned[name])](source.weights[name], found)
+    def one(name: str) -> tuple[str, QuantizedTensor, MatrixErrors | None]:
+        tensor = solvers[id(assigned[name])](prepared.weights[name], prepared.statistics.get(name))
         tensor.check(name)
-        return name, tensor
+        return name, tensor, errors_of(name, assigned[name], prepared, tensor)
 
     names = [name for name, rule in assigned.items() if rule.grid != FLOAT]
     quantized: dict[str, QuantizedTensor] = {}
-    for name, tensor in _in_parallel(one, names):
+    errors: dict[str, MatrixErrors] = {}
+    for name, tensor, found in in_parallel(one, names):
         quantized[name] = tensor
+        errors |= {name: found} if found else {}
         progress(len(quantized), len(names))
-    floats = {name: source.weights[name] for name in source.config.parameter_shapes() if name not in quantized}
-    provenance = provenance_of(source, assigned, statistics)
-    return QuantizedModel(source.name, source.config, quantized, floats, source.tokenizer, provenance)
-
-
-def _in_parallel(
-    work: Callable[[str], tuple[str, QuantizedTensor]], names: Sequence[str]
-) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Results in the order of `names`, from a pool of torch's threads with one torch thread each."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield from pool.map(work, names)
-        finally:
-            torch.set_num_threads(threads)
+    floats = {name: prepared.weights[name] for name in source.config.parameter_shapes() if name not in quantized}
+    provenance = provenance_of(source, assigned, statistics, prepared.unfolded)
+    steps = steps_of(assigned, errors)
+    return QuantizedModel(source.name, source.config, quantized, floats, source.tokenizer, provenance, steps)
 
 
 def check_rules(rules: Sequence[Rule], source: SourceModel) -> None:
@@ -97,7 +87,9 @@ def _solver(rule: Rule, statistics: Statistics | None) -> Solve:
     return lambda weight, found: solver.solve(weight, spec, found, options)
 
 
-def provenance_of(source: SourceModel, assigned: Mapping[str, Rule], statistics: Statistics | None) -> dict[str, str]:
+def provenance_of(
+    source: SourceModel, assigned: Mapping[str, Rule], statistics: Statistics | None, unfolded: Sequence[str] = ()
+) -> dict[str, str]:
     """Where the numbers come from: source, calibration samples, and what was done to which matrices."""
     found = {"source": source.origin, "source_sha256": source.sha256, "license": source.license or "unknown"}
     if statistics is not None:
@@ -105,10 +97,11 @@ def provenance_of(source: SourceModel, assigned: Mapping[str, Rule], statistics:
         found["calibration"] = f"{samples.count} x {samples.length} tokens, {samples.description}"
         found["calibration_sha256"] = samples.sha256
     for rule in _distinct(assigned):
-        kept = "kept in float32" if rule.grid == FLOAT else f"{rule.grid} by {rule.solver.name}"
-        options = "".join(f", {key} {value}" for key, value in sorted(rule.solver.options.items()))
-        found[f"rule {rule.match}"] = kept + options
+        chain = ", then ".join(plugin.described for plugin in (*rule.transforms, rule.solver))
+        found[f"rule {rule.match}"] = "kept in float32" if rule.grid == FLOAT else f"{rule.grid} by {chain}"
     in_float = [name for name, rule in assigned.items() if rule.grid == FLOAT]
     if in_float:
         found["matrices_in_float"] = ", ".join(in_float)
+    if unfolded:
+        found["matrices_not_folded"] = ", ".join(unfolded)
     return found

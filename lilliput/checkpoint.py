@@ -3,7 +3,7 @@
     codes.safetensors   {name}.codes (int8 or uint8), {name}.scales (float32), {name}.offsets (uint8 or float32),
                         {name}.supers (float32)
     floats.safetensors  {name} (float32)
-    model.json          name, config, grid per quantized tensor, provenance
+    model.json          name, config, grid per quantized tensor, provenance, steps
     tokenizer/          the source's tokenizer files
 
 Written in sorted order without timestamps: the same model gives the same bytes.
@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lilliput.grid import QuantizedTensor, grid
-from lilliput.model import DecoderConfig, QuantizedModel
+from lilliput.model import DecoderConfig, QuantizedModel, SolveStep
 
 
 def save(model: QuantizedModel, folder: Path) -> None:
@@ -41,6 +41,7 @@ def save(model: QuantizedModel, folder: Path) -> None:
         "config": asdict(model.config),
         "grids": {name: tensor.spec.name for name, tensor in sorted(model.quantized.items())},
         "provenance": dict(model.provenance),
+        "steps": [asdict(step) for step in model.steps],
     }
     (folder / "model.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
 
@@ -60,6 +61,6 @@ def load(folder: Path) -> QuantizedModel:
         for name, spec in text["grids"].items()
     }
     floats = load_file(folder / "floats.safetensors")
-    return QuantizedModel(
-        text["name"], DecoderConfig(**text["config"]), quantized, floats, folder / "tokenizer", text["provenance"]
-    )
+    steps = tuple(SolveStep(**step) for step in text.get("steps", ()))
+    config, tokenizer = DecoderConfig(**text["config"]), folder / "tokenizer"
+    return QuantizedModel(text["name"], config, quantized, floats, tokenizer, text["provenance"], steps)

@@ -186,7 +186,9 @@ def chat(
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="solvers, exporters, runtimes, devices, families, grids or recipes.")],
+    kind: Annotated[
+        str, typer.Argument(help="solvers, transforms, exporters, runtimes, devices, families, grids or recipes.")
+    ],
     as_json: Json = False,
 ) -> None:
     """List what a recipe can name, each with its summary."""

@@ -11,7 +11,7 @@ from lilliput.fingerprint import version
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig
 from lilliput.recipe_schema import FLOAT, Recipe, Rule, assign, parameter_count
-from lilliput.report import RecipeFacts, SourceFacts, TensorClass, TextFacts
+from lilliput.report import RecipeFacts, SourceFacts, StepLoss, TensorClass, TextFacts
 
 SHARED_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf", "tokenizers")
 FLOAT32_BITS = 32
@@ -75,12 +75,18 @@ def tensor_classes(rules: Sequence[Rule], config: DecoderConfig) -> tuple[Tensor
     return (*found, _class("norms, biases and positions", FLOAT, None, len(vectors), weights, weights * FLOAT32_BITS))
 
 
+def solve_steps(quantized: Path) -> tuple[StepLoss, ...]:
+    """What each step of the solvers left, from a quantize stage's folder."""
+    found = json.loads((quantized / "model.json").read_text(encoding="utf-8"))
+    return tuple(StepLoss(**step) for step in found["steps"])
+
+
 def _matrices(rule: Rule, shapes: list[tuple[int, int]]) -> TensorClass:
     weights = sum(rows * cols for rows, cols in shapes)
     if rule.grid == FLOAT:
         return _class(rule.match, FLOAT, None, len(shapes), weights, weights * FLOAT32_BITS)
     bits = sum(rows * cols * grid(rule.grid).bits_per_weight(cols) for rows, cols in shapes)
-    return _class(rule.match, rule.grid, rule.solver.name, len(shapes), weights, bits)
+    return _class(rule.match, rule.grid, rule.chain, len(shapes), weights, bits)
 
 
 def _class(match: str, grid_name: str, solver: str | None, tensors: int, weights: int, bits: float) -> TensorClass:

@@ -182,6 +182,7 @@ def _solution(
 ) -> Solution:  # fmt: skip
     used = gathered if any(map(_needs_statistics, rules)) else None
     solvers = {registry.module_name("solvers", rule.solver.name) for rule in rules if rule.grid != FLOAT}
+    solvers |= {registry.module_name("transforms", t.name) for rule in rules for t in rule.transforms}
     solved = Stage(
         "quantize", label, (loaded, used) if used else (loaded,), tuple(sorted(solvers)),
         {"rules": [rule.model_dump() for rule in rules], "name": recipe.model.name},
@@ -219,9 +220,11 @@ def _target(
 
 
 def _needs_statistics(rule: Rule) -> bool:
-    """A solver says so, or has an option `weighted` that asks for them."""
+    """A solver says so, or has an option `weighted` that asks for them; every transform does."""
     if rule.grid == FLOAT:
         return False
+    if rule.transforms:
+        return True
     weighted = bool(rule.solver.options.get("weighted"))
     return weighted or bool(registry.constant("solvers", rule.solver.name, "needs_statistics"))
 

@@ -1,4 +1,4 @@
-"""What there is to name in a recipe: solvers, exporters, runtimes, devices, families, grids, recipes.
+"""What there is to name in a recipe: solvers, transforms, exporters, runtimes, devices, families, grids, recipes.
 
 A folder is a registry: a plugin is a module or package of it that defines (or imports from its own parts) the
 folder's class. Its source is parsed, never imported, so that listing needs neither torch nor any runtime;
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # kind → (folder, the name that a module must define to be one)
 FOLDERS = {
     "solvers": ("calibration", "Solver"),
+    "transforms": ("calibration", "Transform"),
     "exporters": ("exporters", "Exporter"),
     "runtimes": ("targets/runtimes", "Runtime"),
     "devices": ("targets/devices", "Device"),

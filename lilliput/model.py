@@ -212,6 +212,19 @@ class TracedModel:
         return next(s for s in self.signatures if s.name == name)
 
 
+@dataclass(frozen=True)
+class SolveStep:
+    """What one step of a rule's solvers left: E|D x|² / E|W x|² over its matrices, D what rounding changed.
+
+    Steps go in order: plain rounding to nearest (`rtn`), each transform with plain rounding after it, the solver.
+    """
+
+    match: str  # the rule's pattern
+    grid: str
+    step: str
+    relative_error: float
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedModel:
     """A solved model: matrices on their grids, the rest as float32. Nothing downstream chooses numbers again."""
@@ -222,6 +235,7 @@ class QuantizedModel:
     floats: Mapping[str, Float]  # norms, biases, learned positions, and whatever a rule keeps in float
     tokenizer: Path
     provenance: Mapping[str, str]  # source sha256, solver per tensor group, calibration text's sha256, license
+    steps: tuple[SolveStep, ...] = ()  # where there were statistics
 
     def dequantized(self, name: str) -> Float:
         """Parameter `name` as the artifacts hold it, float32."""

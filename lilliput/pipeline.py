@@ -22,7 +22,7 @@ from lilliput.manifest import ArtifactFacts, Manifest
 from lilliput.planning import host_of, plan, source_sha256
 from lilliput.progress import Progress
 from lilliput.recipe_schema import Recipe
-from lilliput.report import Report, StageTime, TensorClass
+from lilliput.report import Report, StageTime, StepLoss, TensorClass
 from lilliput.results import Host, TargetResult, worst
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Quiet, Run, Watcher
 from lilliput.stages import coverage
@@ -133,6 +133,7 @@ def _report(plan: Plan, graph: Graph, work: Work) -> Report:
         versions=facts.versions(),
         tensors=_tensors(graph, source),
         targets=targets,
+        steps=_steps(graph, work),
         stages=tuple(work.times),
         notes=(*facts.proofs(source), *(covered.warnings if covered else ())),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,6 +149,12 @@ def _tensors(graph: Graph, source: Path) -> tuple[TensorClass, ...]:
     """Of every distinct set of rules, each class once."""
     config = facts.config_of(source)
     return tuple(dict.fromkeys(c for t in graph.targets for c in facts.tensor_classes(t.solution.rules, config)))
+
+
+def _steps(graph: Graph, work: Work) -> tuple[StepLoss, ...]:
+    """Of every distinct set of rules, each step once."""
+    folders = dict.fromkeys(work.folder(stages.solution.quantize) for stages in graph.targets)
+    return tuple(dict.fromkeys(step for folder in folders for step in facts.solve_steps(folder)))
 
 
 def _publish(plan: Plan, graph: Graph, stages: TargetStages, result: TargetResult, made: Report, work: Work) -> None:

@@ -148,8 +148,10 @@ def check_target(stages: TargetStages, config: DecoderConfig) -> None:
     registry.options("devices", target.device.name, target.device.options)
     assigned = assign(stages.solution.rules, config)
     for rule in dict.fromkeys(rule.model_dump_json() for rule in assigned.values()):
-        solver = Rule.model_validate_json(rule).solver
-        registry.options("solvers", solver.name, solver.options)
+        checked = Rule.model_validate_json(rule)
+        registry.options("solvers", checked.solver.name, checked.solver.options)
+        for transform in checked.transforms:
+            registry.options("transforms", transform.name, transform.options)
     check_formats(target, assigned, config)
 
 

@@ -14,6 +14,7 @@
       - {name: onnx, exporter: onnx_int4, runtime: ort_cpu, device: host}
     gates: [{metric: mean_kld, max: 0.15}]
 
+`solver: [awq, gptq]` is a chain: the last chooses codes, the transforms before it rescale the float model for that.
 `quantize: int4-b32` is short for three rules: GPTQ on that grid for every linear layer; RTN on int8-channel for
 embedding and head below a billion parameters; RTN on the same grid for them from there on. A solver, exporter,
 runtime or device is a name, or a mapping of `name` and its options.
@@ -21,7 +22,7 @@ runtime or device is a name, or a mapping of `name` and its options.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Self
 
@@ -32,6 +33,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     WithJsonSchema,
     model_serializer,
@@ -62,6 +64,11 @@ class Plugin(Strict):
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
+
+    @property
+    def described(self) -> str:
+        """With its options: "gptq, damping 0.05"."""
+        return self.name + "".join(f", {key} {value}" for key, value in sorted(self.options.items()))
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
@@ -102,7 +109,9 @@ def _tuple(value: object) -> object:
 
 
 _REFERENCE = BeforeValidator(_read_plugin)
-SolverRef = Annotated[Plugin, _REFERENCE, _known("solvers"), WithJsonSchema({"plugin": "solvers"})]
+TransformRef = Annotated[Plugin, _REFERENCE, _known("transforms"), WithJsonSchema({"plugin": "transforms"})]
+_CHAIN = {"type": "array", "items": {"anyOf": [{"plugin": "transforms"}, {"plugin": "solvers"}]}}
+SolverRef = Annotated[Plugin, _REFERENCE, _known("solvers"), WithJsonSchema({"anyOf": [{"plugin": "solvers"}, _CHAIN]})]
 ExporterRef = Annotated[Plugin, _REFERENCE, _known("exporters"), WithJsonSchema({"plugin": "exporters"})]
 RuntimeRef = Annotated[Plugin, _REFERENCE, _known("runtimes"), WithJsonSchema({"plugin": "runtimes"})]
 DeviceRef = Annotated[Plugin, _REFERENCE, _known("devices"), WithJsonSchema({"plugin": "devices"})]
@@ -176,12 +185,44 @@ class Calibration(Strict):
 
 
 class Rule(Strict):
-    """Matrices whose name matches (shell wildcards) go on `grid`; `float32` keeps them as they are."""
+    """Matrices whose name matches (shell wildcards) go on `grid`; `float32` keeps them as they are.
+
+    `solver` may be a chain, `[awq, gptq]`: it is read as the transforms before the last, and the last.
+    """
 
     match: str = Field(min_length=1)
     grid: GridName
+    transforms: tuple[TransformRef, ...] = ()
     solver: SolverRef = Plugin(name="rtn")
     below_parameters: int | None = Field(default=None, ge=1)  # the rule holds only for models with fewer parameters
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_chain(cls, value: object) -> object:
+        chain = value.get("solver") if isinstance(value, Mapping) else None
+        return value if not isinstance(chain, list | tuple) else {**dict(value), **_split(chain)}  # type: ignore[call-overload]
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        transforms = written.pop("transforms", ())
+        return {**written, "solver": [*transforms, written["solver"]]} if transforms else written
+
+    @property
+    def chain(self) -> str:
+        """What is done to a matrix, in order: "awq, then gptq"."""
+        return ", then ".join(plugin.name for plugin in (*self.transforms, self.solver))
+
+
+def _split(chain: Sequence[object]) -> dict[str, object]:
+    """A chain as `transforms` and `solver`. Raises ValueError where its parts are not in order."""
+    names = [part.get("name") if isinstance(part, Mapping) else part for part in chain]
+    transforms, solvers = registry.known("transforms"), registry.known("solvers")
+    if not chain or names[-1] in transforms:
+        raise ValueError(f"solver: a chain ends with one of {', '.join(solvers)}, seen {names}; e.g. [awq, gptq]")
+    if early := [name for name in names[:-1] if name in solvers]:
+        raise ValueError(f"solver: {early[0]} chooses codes, so it is the last of a chain, seen {names}")
+    return {"transforms": tuple(chain[:-1]), "solver": chain[-1]}
 
 
 def _rules(value: object) -> object:

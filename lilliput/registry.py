@@ -5,6 +5,7 @@ imported when its class is asked for. Class constants that planning needs (`pack
 `needs_statistics`) are read from the source too, so that a plan imports no runtime.
 
     solvers    calibration/        class Solver
+    transforms calibration/        class Transform
     exporters  exporters/          class Exporter
     runtimes   targets/runtimes/   class Runtime
     devices    targets/devices/    class Device
@@ -28,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 from lilliput.errors import MissingPackageError, RecipeError, did_you_mean
 from lilliput.listing import FOLDERS, ROOT, entries
 
-Kind = Literal["solvers", "exporters", "runtimes", "devices"]
+Kind = Literal["solvers", "transforms", "exporters", "runtimes", "devices"]
 OURS = ("lilliput", "calibration", "exporters", "targets")
 
 

@@ -74,6 +74,15 @@ class TensorClass(Record):
     targets: tuple[str, ...] = ()  # the targets that hold it; empty: all
 
 
+class StepLoss(Record):
+    """What one step of a rule's solvers left of the error of its matrices' outputs (lilliput.model.SolveStep)."""
+
+    match: str
+    grid: str
+    step: str
+    relative_error: float  # E|D x|² / E|W x|²
+
+
 class StageTime(Record):
     """One stage of the pipeline."""
 
@@ -95,6 +104,7 @@ class Report(Record):
     versions: dict[str, str]  # lilliput's own and those of the shared packages
     tensors: tuple[TensorClass, ...]
     targets: tuple[TargetResult, ...]
+    steps: tuple[StepLoss, ...] = ()  # rule by rule, in the order of its steps
     stages: tuple[StageTime, ...] = ()
     notes: tuple[str, ...] = ()  # whatever was refused, kept in float or not proven, by name
     created: str = ""  # UTC, ISO 8601

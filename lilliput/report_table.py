@@ -79,12 +79,26 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield from _table(("target", *RUNGS, "together"), map(_ladder_row, report.targets))
     yield ""
+    if report.steps:
+        yield "What each step of the solvers left: the squared error of the matrices' outputs, relative to the outputs."
+        yield ""
+        yield from _table(("rule", "grid", "after each step"), solve_steps(report))
+        yield ""
     yield _provenance(report)
     yield from _coverage(report)
     notes = [*report.notes, *(f"{t.name}: {note}" for t in report.targets for note in t.notes)]
     if notes:
         yield from ("", "What was proven, refused, or kept in float:", "")
         yield from (f"- {note}" for note in notes)
+
+
+def solve_steps(report: Report) -> list[tuple[str, str, str]]:
+    """A row a rule: its pattern, its grid, "rtn 1.20 % → awq 1.05 % → gptq 0.310 %"."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for step in report.steps:
+        left = f"{step.step} {figures.number(100 * step.relative_error)} %"
+        found.setdefault((step.match, step.grid), []).append(left)
+    return [(*rule, " → ".join(steps)) for rule, steps in found.items()]
 
 
 def _ladder_row(target: TargetResult) -> tuple[str, ...]:

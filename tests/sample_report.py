@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from lilliput.report import Coverage, RecipeFacts, Report, Slice, SourceFacts, StageTime, TensorClass, TextFacts
+from lilliput.report import (
+    Coverage,
+    RecipeFacts,
+    Report,
+    Slice,
+    SourceFacts,
+    StageTime,
+    StepLoss,
+    TensorClass,
+    TextFacts,
+)
 from lilliput.results import (
     Accuracy,
     ArtifactFigures,
@@ -203,6 +213,11 @@ def report(*targets: TargetResult) -> Report:
             ),
         ),
         targets=chosen,
+        steps=(
+            StepLoss(match="layers.*", grid="int4-b32", step="rtn", relative_error=0.0123),
+            StepLoss(match="layers.*", grid="int4-b32", step="awq", relative_error=0.00871),
+            StepLoss(match="layers.*", grid="int4-b32", step="gptq", relative_error=0.00312),
+        ),
         stages=(
             StageTime(name="source", seconds=4.1, cached=False),
             StageTime(name="calibrate", seconds=143, cached=False),

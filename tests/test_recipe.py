@@ -33,6 +33,7 @@ gates: [{metric: mean_kld, max: 0.1}, {metric: decode_tokens_per_s, min: 5}]
 def _names(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
         "solvers": ("gptq", "rtn"),
+        "transforms": ("awq", "smoothquant"),
         "exporters": ("gguf_llamacpp", "litert_int8", "onnx_int4"),
         "runtimes": ("litert_cpu", "llamacpp_cpu", "ort_cpu"),
         "devices": ("host",),
@@ -90,6 +91,10 @@ def test_ready_recipes_are_read_by_name(file: Path) -> None:
         ("runtime: ort_cpu", "runtime: ortcpu", "targets[0].runtime: unknown runtime 'ortcpu': did you mean 'ort_cpu'"),
         ("ort_cpu}", "ort_cpu, device: phone}", "targets[0].device: unknown device 'phone': known: host"),
         ("solver: gptq", "solver: gptx", "line 4: quantize[0].solver: unknown solver 'gptx': did you mean 'gptq'"),
+        ("solver: gptq", "solver: [awk, gptq]", "transforms[0]: unknown transform 'awk': did you mean 'awq'"),
+        ("solver: gptq", "solver: [awq]", "solver: a chain ends with one of gptq, rtn, seen ['awq']; e.g. [awq, gptq]"),
+        ("solver: gptq", "solver: []", "solver: a chain ends with one of gptq, rtn, seen []"),
+        ("solver: gptq", "solver: [gptq, rtn]", "solver: gptq chooses codes, so it is the last of a chain"),
         ("grid: int4-b32", "grid: int4-b3x", "quantize[0].grid: unknown grid 'int4-b3x': did you mean 'int4-b32'"),
         ("exporter: onnx_int4,", "exporter: [1],", "targets[0].exporter: wanted a name, or a mapping"),
         ("name: demo", "name: 5", "line 1: name: Input should be a valid string, seen 5"),
@@ -162,6 +167,20 @@ def test_rules_first_match_wins_and_no_match_is_an_error(tmp_path: Path) -> None
     assert "layers.0.attention_norm" not in assigned
     with pytest.raises(RecipeError, match="no rule matches 'head'"):
         assign(read.quantize, config(tied=False))
+
+
+def test_a_chain_is_transforms_and_a_solver_and_is_written_as_it_was_read() -> None:
+    chain = ["smoothquant", {"name": "awq", "steps": 8}, "gptq"]
+    rule = recipe.Rule.model_validate({"match": "*", "grid": "int4-b32", "solver": chain})
+    assert [t.name for t in rule.transforms] == ["smoothquant", "awq"]
+    assert rule.transforms[1].options == {"steps": 8}
+    assert rule.solver.name == "gptq"
+    assert rule.chain == "smoothquant, then awq, then gptq"
+    assert rule.model_dump()["solver"] == chain
+    assert recipe.Rule.model_validate_json(rule.model_dump_json()) == rule
+    plain = recipe.Rule.model_validate({"match": "*", "grid": "int4-b32", "solver": "gptq"})
+    assert plain.model_dump() == {"match": "*", "grid": "int4-b32", "solver": "gptq", "below_parameters": None}
+    assert recipe.Rule.model_validate({"match": "*", "grid": "int4-b32", "solver": ["gptq"]}) == plain
 
 
 def test_the_shorthand_keeps_tables_at_8_bits_below_a_billion_parameters(tmp_path: Path) -> None:

@@ -14,23 +14,25 @@ from pydantic import BaseModel, ValidationError
 from lilliput import fingerprint, listing, registry
 from lilliput.errors import MissingPackageError, RecipeError
 
-KINDS: tuple[registry.Kind, ...] = ("solvers", "exporters", "runtimes", "devices")
+KINDS: tuple[registry.Kind, ...] = ("solvers", "transforms", "exporters", "runtimes", "devices")
 PLUGINS = [(kind, name) for kind in KINDS for name in registry.known(kind)]
 METHODS = {
     "solvers": ("solve",),
+    "transforms": ("factors",),
     "exporters": ("refuses", "export", "read"),
     "runtimes": ("open", "versions"),
     "devices": ("describe", "threads", "run"),
 }
 CONSTANTS = {
     "solvers": {"needs_statistics": bool},
+    "transforms": dict[str, type](),
     "exporters": {"packages": tuple, "extra": str},
     "runtimes": {"packages": tuple, "extra": str, "exporters": tuple},
     "devices": dict[str, type](),
 }
 
 
-def test_the_four_folders_hold_what_the_recipes_name() -> None:
+def test_the_folders_hold_what_the_recipes_name() -> None:
     assert {"rtn", "gptq"} <= set(registry.known("solvers"))
     assert {"onnx_int4", "litert_int8", "gguf_llamacpp"} <= set(registry.known("exporters"))
     assert {"ort_cpu", "litert_cpu", "llamacpp_cpu"} <= set(registry.known("runtimes"))

@@ -124,6 +124,15 @@ def test_page_is_whole_and_asks_nothing_of_a_network() -> None:
     assert 'name="viewport"' in text
 
 
+def test_what_each_step_of_the_solvers_left_is_in_a_row() -> None:
+    row = "rtn 1.23 % → awq 0.871 % → gptq 0.312 %"
+    assert f"| layers.* | int4-b32 | {row} |" in markdown(report())
+    assert row in Page(html(report())).text
+    without = report().model_copy(update={"steps": ()})
+    assert "each step" not in markdown(without)
+    assert "each step" not in html(without)
+
+
 def test_page_shows_every_target_gate_note_and_hash() -> None:
     made = report()
     shown = Page(html(made)).text
