@@ -111,6 +111,21 @@ def test_all_three_files_lose_the_same_and_the_converters_nothing(undisturbed: U
         assert gates["exact_step_kld"] == "PASS", target
 
 
+def test_a_chain_of_solvers_is_exact_in_every_format_and_its_steps_are_reported(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    chained = {"out": str(tmp_path / "out"), "overrides": ["quantize.0.solver=[smoothquant, awq, gptq]"]}
+    events = drive(tmp_path, [undisturbed.job | chained])
+    assert {"source", "samples", "statistics", "reference"} <= set(events.of(0, "cached"))
+    made = report.load(tmp_path / "out")
+    assert [step.step for step in made.steps] == ["rtn", "smoothquant", "awq", "gptq"]
+    assert made.steps[-1].relative_error < made.steps[0].relative_error
+    for target in made.targets:
+        gates = {gate.name: gate.verdict for gate in target.gates}
+        assert gates["read_back"] == gates["exact_step_kld"] == "PASS", target
+    assert artifact_hashes(tmp_path / "out") != artifact_hashes(undisturbed.out)
+
+
 def test_nothing_changed_is_answered_from_the_store(undisturbed: Undisturbed, tmp_path: Path) -> None:
     before = artifact_hashes(undisturbed.out)
     manifests = [(undisturbed.out / name / manifest.NAME).read_bytes() for name in TARGETS]
