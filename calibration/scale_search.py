@@ -12,27 +12,38 @@ least-squares scale (and minimum) for the codes found, and keeps it where the er
 h is the diagonal of the input's second moments: Σ h_j (w_j - v_j)² is then the expected squared error of
 the output if inputs were uncorrelated (as llama.cpp's importance matrix, and AWQ's clipping search).
 
-Positive scales only, unless `negative_scales`: a signed grid has one code more below zero than above, and a
-negative scale gives it to the larger side; XNNPACK refuses negative scales. A scale is never zero: an
-all-zero block gets scale 1, and a block too small for the dtype its least positive number.
+A signed grid has one code more below zero than above, and a negative scale gives it to the larger side.
+`negative_scales` says whether to try them; by default where no exporter that takes the grid refuses them (XNNPACK
+does, so not on the grids it runs). A scale is never zero: an all-zero block gets scale 1, and a block too small for
+the dtype its least positive number.
+
+Where the grid has super-blocks, scales and minima are found so first, free of any dtype, minima not above zero;
+calibration.super_blocks then makes them integers times factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
+from math import ceil, sqrt
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
+from calibration import super_blocks
 from calibration.base import SolverOptions
-from lilliput.errors import CalibrationError
-from lilliput.grid import FLOAT16_TINY, Codes, Float, GridSpec, QuantizedTensor, round_scale
+from calibration.blocks import FLOAT32_TINY, round_nonzero
+from calibration.blocks import Blocks as Blocks
+from calibration.blocks import nearest as nearest
+from calibration.blocks import round_to as round_to
+from calibration.blocks import tensor_of as tensor_of
+from lilliput.grid import Float, GridSpec
 
 SLAB = 1 << 19  # weights that one step of the search works on: bounds its memory to some 20 MB
-FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 class SearchOptions(SolverOptions):
@@ -42,159 +53,151 @@ class SearchOptions(SolverOptions):
     low: float = Field(default=0.65, gt=0)
     high: float = Field(default=1.2, gt=0)
     refine: int = Field(default=2, ge=0)  # least-squares steps after the search
-    negative_scales: bool = False
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Scale s and offset o of blocks, tensors of one shape. o is the zero point or the minimum; zeros where neither."""
-
-    spec: GridSpec
-    s: Tensor
-    o: Tensor
-
-    def codes(self, w: Tensor) -> Tensor:
-        """Nearest codes of w, as float32; s and o broadcast against it."""
-        if self.spec.offset == "minimum":
-            q = (w - self.o).div_(self.s).round_()
-        else:
-            q = (w / self.s).round_()
-            if self.spec.offset == "zero_point":
-                q += self.o
-        return q.clamp_(self.spec.qmin, self.spec.qmax)
-
-    def values(self, q: Tensor) -> Tensor:
-        """The numbers that codes stand for, by lilliput.grid's formula."""
-        if self.spec.offset == "none":
-            return q * self.s
-        return (q - self.o) * self.s if self.spec.offset == "zero_point" else q * self.s + self.o
-
-    def at(self, block: int) -> Blocks:
-        """One block's, of s and o whose first axis is the blocks."""
-        return Blocks(self.spec, self.s[block], self.o[block])
-
-    def transposed(self) -> Blocks:
-        return Blocks(self.spec, self.s.T.contiguous(), self.o.T.contiguous())
-
-    def spread(self) -> Blocks:
-        """With a last axis of one, to stand against the weights of the blocks."""
-        return Blocks(self.spec, self.s.unsqueeze(-1), self.o.unsqueeze(-1))
+    negative_scales: bool | None = None  # None: where every format that holds the grid takes them
 
 
 def find_blocks(weight: Float, spec: GridSpec, importance: Float | None, options: SearchOptions) -> Blocks:
     """The best blocks of weight (rows, cols), s and o (rows, n_blocks) float32; importance (cols,) or none."""
-    if spec.super_blocks or spec.codebook:
-        raise CalibrationError(f"no scale search for grid {spec.name} yet: choose int5-b32 or int4-b32-min-f16")
-    cols = weight.shape[1]
-    n_blocks, width = spec.blocks(cols), spec.width(cols)
+    cols, wide = weight.shape[1], spec.super_blocks
+    width = spec.width(cols)
+    n_blocks = spec.supers(cols) * (wide.cols // width) if wide else spec.blocks(cols)
     padding = n_blocks * width - cols
     h = torch.ones(cols) if importance is None else torch.from_numpy(importance).clamp(min=0)
-    h = torch.nn.functional.pad(h, (0, padding)).reshape(n_blocks, width)
+    h = pad(h, (0, padding)).reshape(n_blocks, width)
     found = [
-        _search(torch.nn.functional.pad(slab, (0, padding)).reshape(-1, n_blocks, width), h, spec, options)
+        _search(Weighted.of(pad(slab, (0, padding)).reshape(-1, n_blocks, width), h), spec, options)
         for slab in torch.split(torch.from_numpy(weight), max(1, SLAB // (n_blocks * width)))
     ]
-    return Blocks(spec, torch.cat([b.s for b in found]), torch.cat([b.o for b in found]))
+    kept = spec.blocks(cols)
+    supers = torch.cat([b.supers for b in found if b.supers is not None]) if wide else None
+    s, o = (torch.cat([getattr(b, part) for b in found])[:, :kept].contiguous() for part in "so")
+    return Blocks(spec, s, o, supers)
 
 
-def tensor_of(blocks: Blocks, codes: Tensor) -> QuantizedTensor:
-    """Codes (rows, cols), as float32, and their blocks (rows, n_blocks) as a tensor on the grid."""
-    spec = blocks.spec
-    offsets = {
-        "none": None,
-        "zero_point": blocks.o.numpy().astype(np.uint8),
-        "minimum": blocks.o.numpy(),
-    }[spec.offset]
-    array: Codes = codes.numpy().astype(np.int8) if spec.symmetric else codes.numpy().astype(np.uint8)
-    return QuantizedTensor(spec, array, blocks.s.numpy(), offsets)
+def _negative(spec: GridSpec, options: SearchOptions) -> bool:
+    """Whether to try negative scales."""
+    if options.negative_scales is not None:
+        return options.negative_scales
+    of_gguf = spec.super_blocks is not None or spec.codebook is not None
+    return of_gguf or (spec.scale_dtype == "float16" and spec.block_size > 0)
 
 
-def nearest(weight: Float, blocks: Blocks) -> QuantizedTensor:
-    """Every weight (rows, cols) to its nearest code."""
-    w, width = torch.from_numpy(weight), blocks.spec.width(weight.shape[1])
-    per_weight = (t.repeat_interleave(width, dim=1)[:, : w.shape[1]] for t in (blocks.s, blocks.o))
-    return tensor_of(blocks, Blocks(blocks.spec, *per_weight).codes(w))
+@dataclass(frozen=True)
+class Weighted:
+    """Weights w (rows, n_blocks, width) with importance h (n_blocks, width), and what every trial needs of them."""
+
+    w: Tensor
+    h: Tensor
+    total: Tensor  # (n_blocks,): Σ h
+    mean: Tensor  # (rows, n_blocks): Σ hw / Σ h
+    hw: Tensor  # h * w
+    hc: Tensor  # h * (w - mean)
+
+    @staticmethod
+    def of(w: Tensor, h: Tensor) -> Weighted:
+        hw, total = h * w, h.sum(-1).clamp(min=FLOAT32_TINY)
+        mean = hw.sum(-1) / total
+        return Weighted(w, h, total, mean, hw, hw - h * mean.unsqueeze(-1))
 
 
-def _search(w: Tensor, h: Tensor, spec: GridSpec, options: SearchOptions) -> Blocks:
-    """Best blocks of w (rows, n_blocks, width) with importance h (n_blocks, width)."""
-    best: Blocks | None = None
-    least = torch.empty(0)
-    for trial in _candidates(w, spec, options):
-        error, _ = _error(w, h, trial)
-        best, least = (trial, error) if best is None else _better(best, least, trial, error)
-    assert best is not None
-    for _ in range(options.refine):
-        _, q = _error(w, h, best)
-        trial = _least_squares(w, h, q, best)
-        best, least = _better(best, least, trial, _error(w, h, trial)[0])
-    return best
+def _search(x: Weighted, spec: GridSpec, options: SearchOptions) -> Blocks:
+    """Best blocks: the whole range's, the best trial's after least squares, and those that follow from its codes."""
+    trials = _candidates(x, spec, options)
+    best = next(trials)
+    least, q = _error(x, best)
+    found, most = _fit(x, q, best)
+    for trial in trials:
+        fitted, gain = _fit(x, trial.spread().codes(x.w), trial)
+        wins = gain > most
+        found, most = _where(wins, fitted, found), torch.where(wins, gain, most)
+    for _ in range(options.refine + (options.candidates > 1)):
+        found = Blocks(spec, _scale(found.s, spec), _offset(found.o, spec))
+        error, codes = _error(x, found)
+        wins = error < least
+        best, least = _where(wins, found, best), torch.where(wins, error, least)
+        q = torch.where(wins.unsqueeze(-1), codes, q)
+        found, _ = _fit(x, q, best)
+    return super_blocks.find(x.w, x.h, best, options.refine) if spec.super_blocks else best
 
 
-def _error(w: Tensor, h: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def _where(wins: Tensor, mine: Blocks, other: Blocks) -> Blocks:
+    return Blocks(mine.spec, torch.where(wins, mine.s, other.s), torch.where(wins, mine.o, other.o))
+
+
+def _error(x: Weighted, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Weighted squared error of each block (rows, n_blocks), and the codes."""
     wide = blocks.spread()
-    q = wide.codes(w)
-    return wide.values(q).sub_(w).square_().mul_(h).sum(-1), q
+    q = wide.codes(x.w)
+    return wide.values(q).sub_(x.w).square_().mul_(x.h).sum(-1), q
 
 
-def _better(best: Blocks, least: Tensor, trial: Blocks, error: Tensor) -> tuple[Blocks, Tensor]:
-    wins = error < least
-    kept = Blocks(best.spec, torch.where(wins, trial.s, best.s), torch.where(wins, trial.o, best.o))
-    return kept, torch.where(wins, error, least)
-
-
-def _candidates(w: Tensor, spec: GridSpec, options: SearchOptions) -> Iterator[Blocks]:
-    """Trials in a fixed order, the max-abs scale first: it is kept unless another is strictly better."""
-    span = np.linspace(options.low, options.high, options.candidates - 1) if options.candidates > 1 else np.empty(0)
-    ratios = [1.0, *map(float, span)]
+def _candidates(x: Weighted, spec: GridSpec, options: SearchOptions) -> Iterator[Blocks]:
+    """Trials in a fixed order, that of the whole range first."""
     if spec.symmetric:
-        base, zero = w.abs().amax(-1) / spec.qmax, torch.zeros(w.shape[:2])
-        signs = (1.0, -1.0) if options.negative_scales else (1.0,)
+        base, zero = x.w.abs().amax(-1) / spec.qmax, torch.zeros_like(x.mean)
+        signs = (1.0, -1.0) if _negative(spec, options) else (1.0,)
+        ratios = [1.0, *_span(options, options.candidates - 1)]
         yield from (Blocks(spec, _scale(base * (r * sign), spec), zero) for r in ratios for sign in signs)
         return
-    low, high = w.amin(-1), w.amax(-1)
-    if spec.offset == "zero_point":
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    for r in ratios:
-        s = _scale((high - low) * (r / spec.qmax), spec)
-        if spec.offset == "zero_point":
-            yield Blocks(spec, s, (-low * r / s).round_().clamp_(0, spec.qmax))
-        else:
-            middle = (low + high) / 2
-            yield Blocks(spec, s, round_to(middle - s * (spec.qmax / 2), spec))
+    span = _span(options, 1 + ceil(sqrt(options.candidates))) if options.candidates > 1 else []
+    least, most = x.w.amin(-1) - x.mean, x.w.amax(-1) - x.mean
+    for r_low, r_high in [(1.0, 1.0), *product(span, span)]:
+        low, high = x.mean + least * r_low, x.mean + most * r_high
+        if spec.offset == "zero_point" or spec.super_blocks:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        s = _scale((high - low) / spec.qmax, spec)
+        yield Blocks(spec, s, _offset(-low / s if spec.offset == "zero_point" else low, spec))
 
 
-def _least_squares(w: Tensor, h: Tensor, q: Tensor, blocks: Blocks) -> Blocks:
-    """The scale (and minimum) with the least error for codes q, rounded to the grid's dtype; the zero point stays."""
-    spec = blocks.spec
-    if spec.offset == "minimum":
-        total = h.sum(-1).clamp(min=FLOAT32_TINY)
-        mean_q, mean_w = (q * h).sum(-1) / total, (w * h).sum(-1) / total
-        centred = q - mean_q.unsqueeze(-1)
-        s = _divide((centred * h * w).sum(-1), (centred.square() * h).sum(-1), blocks.s)
-        s = _scale(s, spec)
-        return Blocks(spec, s, round_to(mean_w - s * mean_q, spec))
-    steps = q - blocks.o.unsqueeze(-1)
-    s = _divide((steps * h * w).sum(-1), (steps.square() * h).sum(-1), blocks.s)
-    return Blocks(spec, _scale(s, spec), blocks.o)
+def _span(options: SearchOptions, count: int) -> list[float]:
+    return [float(r) for r in np.linspace(options.low, options.high, count)] if count > 0 else []
 
 
-def _divide(top: Tensor, bottom: Tensor, fallback: Tensor) -> Tensor:
-    """top / bottom where that is a usable scale of the fallback's sign, else the fallback."""
+def _fit(x: Weighted, q: Tensor, trial: Blocks) -> tuple[Blocks, Tensor]:
+    """The scale (and minimum) of least error for codes q, before rounding, and by how much they lower the error.
+
+    The error Σ h (w - s·b)², b = code (- zero_point), is least at s = top / bottom, top = Σ hbw, bottom = Σ hb²,
+    and lower than without b by s·(2·top - s·bottom). With a minimum o the same holds of b and w less their means,
+    and o = mean of w - s·b.
+    """
+    spec = trial.spec
+    if spec.offset != "minimum":
+        return _fit_scale(x, q - trial.o.unsqueeze(-1) if spec.offset == "zero_point" else q, trial)
+    hq = q * x.h
+    total = hq.sum(-1)
+    mean = total / x.total
+    s, gain = _divide((q * x.hc).sum(-1), hq.mul_(q).sum(-1) - total * mean, trial.s)
+    o = x.mean - s * mean
+    if spec.super_blocks and (o > 0).any():  # not to be had: none is the best there
+        other, other_gain = _fit_scale(x, q, trial)
+        above = o > 0
+        s, o = torch.where(above, other.s, s), o.clamp(max=0)
+        gain = torch.where(above, other_gain - x.total * x.mean.square(), gain)
+    return Blocks(spec, s, o), gain
+
+
+def _fit_scale(x: Weighted, b: Tensor, trial: Blocks) -> tuple[Blocks, Tensor]:
+    """`_fit` through zero."""
+    s, gain = _divide((b * x.hw).sum(-1), (b.square() * x.h).sum(-1), trial.s)
+    return Blocks(trial.spec, s, trial.o), gain
+
+
+def _divide(top: Tensor, bottom: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale top / bottom where that is usable and of the fallback's sign, else the fallback; what it gains."""
     ratio = top / bottom
-    usable = ratio.isfinite() & (ratio * fallback.sign() > 0)
-    return torch.where(usable, ratio, fallback)
-
-
-def round_to(x: Tensor, spec: GridSpec) -> Tensor:
-    """Scales or minima (any shape) rounded to the grid's scale dtype."""
-    return torch.from_numpy(round_scale(x.numpy(), spec.scale_dtype))
+    s = torch.where(ratio.isfinite() & (ratio * fallback > 0), ratio, fallback)
+    return s, s * (2 * top - s * bottom)
 
 
 def _scale(x: Tensor, spec: GridSpec) -> Tensor:
-    """Scales on the grid's dtype, never zero: 1 for an exact zero, the least number for one that rounds to zero."""
-    tiny = FLOAT32_TINY if spec.scale_dtype == "float32" else FLOAT16_TINY
-    rounded = round_to(x, spec)
-    rounded = torch.where(rounded.abs() < tiny, torch.copysign(torch.full_like(x, tiny), x), rounded)
-    return torch.where(x == 0, torch.ones_like(x), rounded)
+    """A scale that the grid holds; one of a super-block is rounded only later."""
+    return torch.where(x == 0, torch.ones_like(x), x) if spec.super_blocks else round_nonzero(x, spec)
+
+
+def _offset(x: Tensor, spec: GridSpec) -> Tensor:
+    """A zero point or minimum that the grid holds; a super-block's is rounded only later, and never positive."""
+    if spec.offset == "zero_point":
+        return x.round().clamp_(0, spec.qmax)
+    if spec.offset == "none":
+        return x
+    return x.clamp(max=0) if spec.super_blocks else round_to(x, spec)
