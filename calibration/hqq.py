@@ -11,9 +11,9 @@ step as the unit, d = (w - v) / s:
     offset, scale ← least squares of w - s e for the codes, rounded to what the grid stores
     beta ← kappa beta
 
-Their code keeps the scale and moves a zero point in float; here zero points are integers and minima are stored, so
-the offset is rounded, and the scale (all there is on a symmetric grid) is fitted too. A block keeps the best of all steps by
-Σ |w - v|^p, the searched scale of calibration.scale_search, where it begins, included.
+Their code keeps the scale and moves a zero point in float; here zero points are integers and minima are stored, so the
+offset is rounded, and the scale (all there is on a symmetric grid) is fitted too. A block keeps the best of all steps
+by Σ |w - v|^p, the searched scale of calibration.scale_search, where it begins, included.
 
 beta is in units of the step, so that a weight's size does not matter. Cost: `steps` roundings of the matrix.
 Grids with super-blocks or codebooks are refused: their scales are not free.
