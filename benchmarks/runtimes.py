@@ -170,7 +170,7 @@ def _theirs(folder: Path) -> list[Subject]:
     from benchmarks.peer_litert import PREFILL
 
     return [
-        Subject(name=QUANTIZE, maker="peer", driver="llamacpp_cpu", path=quantized / "model.gguf", context=CONTEXT),
+        Subject(name=QUANTIZE, maker="peer", driver="llamacpp_cpu", path=quantized / "Q4_0.gguf", context=CONTEXT),
         Subject(name=OPTIMUM, maker="peer", driver="optimum_onnx", path=optimum / "model.onnx", context=CONTEXT),
         Subject(
             name=LITERT_TORCH, maker="peer", driver="litert_cpu", path=litert / "model.tflite", context=CONTEXT,

@@ -18,7 +18,10 @@ DRIVERS = ("llamacpp_cpu", "ort_cpu", "litert_cpu", "optimum_onnx")
 
 
 class Subject(Record):
-    """`driver` is one of Lilliput's runtimes, or the session for optimum's graphs. Paths are absolute."""
+    """`driver` is one of Lilliput's runtimes, or the session for optimum's graphs. Paths are absolute.
+
+    `twin` is a file of the same numbers that is scored in its place, where the file itself is too slow for that.
+    """
 
     name: str
     maker: Literal["ours", "peer"]
@@ -27,6 +30,11 @@ class Subject(Record):
     context: int
     prefill: int = 0
     decode_steps: int = 48  # decoded tokens a block
+    twin: Path | None = None
+
+    @property
+    def scored_path(self) -> Path:
+        return self.twin or self.path
 
     @property
     def size_bytes(self) -> int:

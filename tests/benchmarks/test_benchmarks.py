@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import VOCAB_SIZE, tiny_source
 
-from benchmarks import peers, runtimes
+from benchmarks import peer_gguf, runtimes
 from benchmarks.child import Reply, Request, read_bandwidth_gb_s
 from benchmarks.subjects import Subject
 from exporters.gguf_llamacpp import blocks
@@ -89,7 +89,7 @@ def test_the_table_says_pass_and_miss(tmp_path: Path) -> None:
 
 def test_a_child_process_measures_a_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    peers.write_float_gguf(tiny_source(tmp_path), path)
+    peer_gguf.write_float(tiny_source(tmp_path), path)
     request = Request(subject=subject(path), threads=1, tokens=tuple(range(32)), prompt_tokens=16)
     reply = runtimes.measure(request)
     assert reply.latency is not None
@@ -104,12 +104,12 @@ def test_the_bandwidth_probe_reads_memory() -> None:
 def test_llama_quantize_makes_q4_0_and_heeds_importance(tmp_path: Path) -> None:
     source = tiny_source(tmp_path)
     paths = {name: tmp_path / f"{name}.gguf" for name in ("float", "plain", "weighted")}
-    peers.write_float_gguf(source, paths["float"])
+    peer_gguf.write_float(source, paths["float"])
     name = "blk.0.ffn_up.weight"
     importance = np.ones(source.config.hidden_size, np.float32)
     importance[:3] = 1000.0
-    peers.quantize_with_llama_cpp(paths["float"], paths["plain"])
-    peers.quantize_with_llama_cpp(paths["float"], paths["weighted"], {name: importance})
+    peer_gguf.quantize(paths["float"], paths["plain"])
+    peer_gguf.quantize(paths["float"], paths["weighted"], "Q4_0", {name: importance})
     wanted = source.weights["layers.0.mlp.up"]
     errors = {}
     for kind in ("plain", "weighted"):

@@ -1,0 +1,64 @@
+"""Our files, and what all files are held against, made as a recipe's run makes them: by the stages of the pipeline.
+
+The recipe is benchmarks/quality.yaml. Its stages up to `export` are done, the validation is left out: the benchmark
+scores our files and the peers' in one way. What is in the store is not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.subjects import CONTEXT
+from calibration.statistics import Statistics
+from lilliput import graph, pipeline, planning
+from lilliput import recipe as recipes
+from lilliput.model import SourceModel
+from lilliput.recipe_schema import Recipe
+from lilliput.store import Store, default_root
+
+RECIPE = Path(__file__).with_name("quality.yaml")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One evaluation text: the folders of its chunks and of the float model's logits on them."""
+
+    text: str
+    evaluation: Path  # EvaluationSet
+    reference: Path  # Logits
+
+
+class Ours:
+    """The recipe's stages, each done when it is asked for."""
+
+    def __init__(self, overrides: Sequence[str] = ()) -> None:
+        self._recipe = recipes.load(str(RECIPE), [f"context={CONTEXT}", *overrides])
+        self._sha256 = planning.source_sha256(self._recipe.model)
+        self._work = pipeline.Work(Store(default_root()), pipeline.Quiet(), fresh=False)
+        self._graph = self._build(self._recipe)
+
+    def _build(self, recipe: Recipe) -> graph.Graph:
+        return graph.build(recipe, self._sha256, planning.host_of(recipe))
+
+    def source(self) -> SourceModel:
+        from lilliput.source import open_stage
+
+        return open_stage(self._work.folder(self._graph.source))
+
+    def statistics(self) -> Statistics:
+        assert self._graph.statistics is not None
+        return Statistics(self._work.folder(self._graph.statistics))
+
+    def judge(self, text: str, chunks: int) -> Judge:
+        wanted = self._recipe.evaluation.model_copy(update={"text": text, "count": chunks})
+        built = self._build(self._recipe.model_copy(update={"evaluation": wanted}))
+        return Judge(text, self._work.folder(built.evaluation), self._work.folder(built.reference))
+
+    def artifacts(self, prefix: str) -> dict[str, Path]:
+        """The main files of the targets whose names start so, by the targets' names."""
+        from lilliput.stages.export import open_artifact
+
+        found = [stages for stages in self._graph.targets if stages.target.name.startswith(prefix)]
+        return {stages.target.name: open_artifact(self._work.folder(stages.export)).path for stages in found}
