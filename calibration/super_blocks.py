@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -98,7 +99,28 @@ def find(w: Tensor, h: Tensor, free: Blocks, rounds: int) -> Blocks:
         else:
             best, least = factors.where(error < least, best), torch.minimum(error, least)
     assert best is not None
-    return best.blocks()
+    return _neighbours(w, h, best).blocks()
+
+
+def _neighbours(w: Tensor, h: Tensor, factors: Factors) -> Factors:
+    """Of each block's integers and their neighbours, those with the least error of rounded weights."""
+    limits, best = factors.spec.super_blocks, factors
+    assert limits
+    least = _error(w, h, factors)
+    for dsc, dm in product((0, -1, 1), (0,) if factors.spec.symmetric else (0, -1, 1)):
+        sc = _nonzero_integer(factors.sc + dsc, limits)
+        trial = replace(factors, sc=sc, m=(factors.m + dm).clamp_(0, limits.high))
+        error = _error(w, h, trial)
+        wins = error < least
+        best = replace(best, sc=torch.where(wins, trial.sc, best.sc), m=torch.where(wins, trial.m, best.m))
+        least = torch.minimum(error, least)
+    return best
+
+
+def _error(w: Tensor, h: Tensor, factors: Factors) -> Tensor:
+    """Of rounded weights, (rows, n_supers, blocks)."""
+    wide = factors.blocks().spread()
+    return wide.values(wide.codes(w)).sub_(w).square_().mul_(h).sum(-1).view(factors.sc.shape)
 
 
 def _sums(w: Tensor, h: Tensor, q: Tensor, blocks: Blocks) -> Sums:

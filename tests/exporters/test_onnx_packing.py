@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 import pytest
+from grid_cases import random_tensor as any_tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx_cases import GRIDS, random_tensor
 
 from exporters.onnx_int4 import Exporter, graph, packing
 from lilliput.errors import ExportError
-from lilliput.grid import QuantizedTensor, grid
+from lilliput.grid import GridSpec, QuantizedTensor, grid
 from lilliput.model import Node
 
 COLS = (32, 64, 70, 576)  # 70: no block size divides it
@@ -52,6 +55,19 @@ def test_unpack_inverts_pack(name: str, cols: int) -> None:
     again = packing.unpack(packing.pack(tensor), tensor.spec, name)
     assert again.spec == tensor.spec
     assert again.same_as(tensor)
+
+
+@given(
+    st.sampled_from(packing.BITS), st.sampled_from(packing.BLOCK_SIZES), st.booleans(), st.integers(1, 700),
+    st.integers(0, 2**32),
+)  # fmt: skip
+@settings(deadline=None)
+def test_any_tensor_is_given_back(bits: int, block: int, zero_points: bool, cols: int, seed: int) -> None:
+    spec = GridSpec(bits, block, "zero_point" if zero_points else "none", "float16")
+    tensor = any_tensor(spec, 3, cols, seed)
+    packed = packing.pack(tensor)
+    assert packing.unpack(packed, spec, "w").same_as(tensor)
+    assert packed.codes.shape == (3, spec.blocks(cols), block * bits // 8)
 
 
 @pytest.mark.parametrize("cols", COLS)

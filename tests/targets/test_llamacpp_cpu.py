@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, tiny_quantized_model
+from tiny_models import VOCAB_SIZE, tiny_quantized_model, tiny_source
 
 import exporters.gguf_llamacpp as exporter
+from calibration.solve import solve
 from lilliput import decoder
 from lilliput.artifact import Artifact
 from lilliput.errors import MeasurementError
-from lilliput.grid import Float
+from lilliput.grid import GGUF_GRIDS, Float
 from lilliput.model import QuantizedModel, SourceModel
+from lilliput.recipe_schema import Rule
 from targets.runtimes.llamacpp_cpu import N_BATCH, LlamaCppSession, Runtime
 
 CONTEXT = 256
@@ -99,6 +101,20 @@ def test_the_shipped_file_is_near(tmp_path: Path) -> None:
     """8-bit activations and a float16 cache: no more than a small step from the same weights in torch."""
     model = tiny_quantized_model(tmp_path)
     found = runtime_log_probabilities(artifact_of(model, tmp_path / "shipped"), exact=False)
+    kld = divergences(reference(model, TOKENS)[PROMPT - 1 :], found)
+    assert 0 < kld.mean() < 0.02
+
+
+@pytest.mark.parametrize("name", ["int5-b32", "int5-b32-min-f16", *GGUF_GRIDS])
+def test_a_file_of_each_grid_is_near(tmp_path: Path, name: str) -> None:
+    """llama.cpp's kernels of each block type on the file's own bytes, which are read back bit for bit."""
+    source = tiny_source(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    model = solve(source, (Rule.model_validate({"match": "*", "grid": name, "solver": "rtn"}),), None)
+    artifact = artifact_of(model, tmp_path / "shipped")
+    stored = exporter.read(artifact.path)
+    for parameter, tensor in model.quantized.items():
+        assert tensor.same_as(stored[parameter])  # type: ignore[arg-type]
+    found = runtime_log_probabilities(artifact, exact=False)
     kld = divergences(reference(model, TOKENS)[PROMPT - 1 :], found)
     assert 0 < kld.mean() < 0.02
 
