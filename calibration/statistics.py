@@ -101,17 +101,17 @@ def gather(source: SourceModel, samples: Samples, folder: Path, progress: Progre
     """
     config, layers = source.config, source.config.num_layers
     folder.mkdir(parents=True, exist_ok=True)
-    hidden = _embed(source, samples)
+    hidden = embed(source, samples)
     rope = rotary_tables(config, samples.tokens.shape[1]) if config.positions == "rope" else None
     for i in range(layers):
         with torch.device("meta"):
             layer = Layer(config)
-        _load(layer, source, f"layers.{i}.")
+        load_part(layer, source, f"layers.{i}.")
         save_file(_run(layer, hidden, rope), folder / f"layer_{i:03}.safetensors")
         progress(i + 1, layers)
-    norm = _load(Norm(config), source, "norm.")
+    norm = load_part(Norm(config), source, "norm.")
     final = Moments(config.hidden_size)
-    for batch in _batches(hidden):
+    for batch in batches(hidden):
         final.add(norm(batch))
     save_file(final.arrays("head.input"), folder / "final.safetensors")
     names = [n for n in config.parameter_shapes() if role_of(n) in ("linear", "head")]
@@ -120,7 +120,7 @@ def gather(source: SourceModel, samples: Samples, folder: Path, progress: Progre
     return Statistics(folder)
 
 
-def _load(part: Module, source: SourceModel, prefix: str) -> Module:
+def load_part(part: Module, source: SourceModel, prefix: str) -> Module:
     """Give a part of the decoder (built on the meta device) the source's weights of that prefix."""
     names = {f"{prefix}{name}": name for name, _ in part.named_parameters()}
     state = {own: torch.from_numpy(source.weights[name.removesuffix(".weight")]) for name, own in names.items()}
@@ -128,7 +128,7 @@ def _load(part: Module, source: SourceModel, prefix: str) -> Module:
     return part.eval().requires_grad_(False)
 
 
-def _embed(source: SourceModel, samples: Samples) -> Tensor:
+def embed(source: SourceModel, samples: Samples) -> Tensor:
     """(n, length, hidden) float32."""
     tokens = torch.from_numpy(samples.tokens.astype(np.int64))
     hidden = torch.from_numpy(source.weights["embedding"])[tokens]
@@ -137,7 +137,7 @@ def _embed(source: SourceModel, samples: Samples) -> Tensor:
     return hidden
 
 
-def _batches(hidden: Tensor) -> tuple[Tensor, ...]:
+def batches(hidden: Tensor) -> tuple[Tensor, ...]:
     """Views of (n, length, hidden) of about BATCH_TOKENS tokens each."""
     return torch.split(hidden, max(1, BATCH_TOKENS // hidden.shape[1]))
 
@@ -147,7 +147,7 @@ def _run(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> di
     observed = {name: Moments(_linear(layer, name).in_features) for name in OBSERVED}
     for name, moments in observed.items():
         _linear(layer, name).register_forward_pre_hook(lambda _, inputs, moments=moments: moments.add(inputs[0]))
-    for batch in _batches(hidden):
+    for batch in batches(hidden):
         batch.copy_(layer(batch, rope))
     return {key: array for name, moments in observed.items() for key, array in moments.arrays(name).items()}
 

@@ -30,6 +30,7 @@ class Exporter(Protocol):
     Options: ClassVar[type[ExporterOptions]]
     packages: ClassVar[tuple[str, ...]]  # imported packages it needs, checked before work
     extra: ClassVar[str]  # the extra of lilliput that installs them
+    budget_grids: ClassVar[tuple[str, ...]]  # what a byte budget chooses from: grids that the runtime runs fast
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
         """Why the format cannot hold such a tensor exactly, or None where it can."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lilliput.grid import grid
-from lilliput.model import DecoderConfig
-from lilliput.recipe_schema import FLOAT, Recipe, Rule, parameter_count
+from lilliput.model import DecoderConfig, role_of
+from lilliput.recipe_schema import FLOAT, Budget, Recipe, Rule, parameter_count
 from lilliput.results import Record
 from lilliput.run import StageKind
 
 GIGA = 10**9
+GRIDS = 8  # that a budget chooses from
+SENSITIVITY_SAMPLES = 16  # calibration.sensitivity.SAMPLES, without importing torch
 FLOAT32_BYTES = 4
 TORCH_BYTES = 700_000_000  # the interpreter with torch and transformers
 CACHE_BYTES = 1 << 30  # of a batch of self-generated samples, at most
@@ -26,6 +28,8 @@ FORWARD_S = 0.015  # per token of a batched forward pass
 GENERATE_S = 0.031  # per sampled token, 48 samples a step
 STATISTICS_S = 0.019  # per token: the forward pass and its second moments
 SOLVE_S = 250.0  # once: GPTQ
+SENSITIVITY_S = 0.065  # per token: forward twice, back, and the weighted second moments
+PRICE_S = 40.0  # per grid: rounding to nearest, and the predicted loss
 EXPORT_S = 8.0  # once: packing, writing, reading back
 DECODE_S = 0.055  # per decoded token on a runtime
 SPEED_TOKENS = 600  # decoded to measure speed
@@ -57,6 +61,9 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "samples": GENERATE_S * billions * calibrated.generated * calibrated.length + TOKENIZE_S,
         "coverage": TOKENIZE_S,
         "statistics": STATISTICS_S * billions * samples,
+        "sensitivity": SENSITIVITY_S * billions * min(SENSITIVITY_SAMPLES, calibrated.count) * calibrated.length,
+        "price": PRICE_S * billions * _grids(recipe),
+        "allocate": 3 * EXPORT_S * billions,  # files whose size is counted
         "trace": TRACE_S,
         "reference": forward,
         "dequantized": forward,
@@ -69,6 +76,7 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
     disk: dict[StageKind, int] = {
         "source": weights,
         "statistics": moments,
+        "sensitivity": 2 * moments,
         "reference": logits,
         "dequantized": logits,
         "quantize": weights // 3,
@@ -79,6 +87,12 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
     drawn = min(caches, CACHE_BYTES, weights // 4)
     kept = drawn if calibrated.generated else samples * config.hidden_size * FLOAT32_BYTES
     return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + kept + logits // 2)
+
+
+def _grids(recipe: Recipe) -> int:
+    """How many grids budgets choose from, at most."""
+    budgets = [found for target in recipe.targets if isinstance(found := recipe.quantize_of(target), Budget)]
+    return sum(len(budget.grids) if budget.grids else GRIDS for budget in budgets)
 
 
 def artifact_bytes(assigned: Mapping[str, Rule], config: DecoderConfig) -> int:
@@ -92,3 +106,14 @@ def artifact_bytes(assigned: Mapping[str, Rule], config: DecoderConfig) -> int:
         else:
             total += shape[0] * shape[1] * grid(rule.grid).bits_per_weight(shape[1]) / 8
     return round(total)
+
+
+def budget_bytes(budget: Budget, config: DecoderConfig) -> int:
+    """Bytes of a model file that keeps to a budget."""
+    if budget.limit_bytes is not None:
+        return budget.limit_bytes
+    assert budget.bits_per_weight is not None
+    shapes = config.parameter_shapes()
+    weights = sum(shape[0] * shape[1] for name, shape in shapes.items() if role_of(name) != "vector")
+    vectors = parameter_count(config) - weights
+    return round(weights * budget.bits_per_weight / 8) + vectors * FLOAT32_BYTES

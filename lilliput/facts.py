@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lilliput import __version__
+from lilliput.allocated import Allocation, classes
 from lilliput.fingerprint import version
 from lilliput.grid import grid
-from lilliput.model import DecoderConfig
+from lilliput.model import DecoderConfig, role_of
 from lilliput.recipe_schema import FLOAT, Recipe, Rule, assign, parameter_count
 from lilliput.report import RecipeFacts, SourceFacts, StepLoss, TensorClass, TextFacts
 
@@ -70,9 +71,29 @@ def tensor_classes(rules: Sequence[Rule], config: DecoderConfig) -> tuple[Tensor
         sizes = [shapes[name] for name, its in assigned.items() if its is rule]
         if sizes:
             found.append(_matrices(rule, [(rows, cols) for rows, cols in sizes]))
-    vectors = [shape for name, shape in shapes.items() if name not in assigned]
-    weights = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in vectors)
-    return (*found, _class("norms, biases and positions", FLOAT, None, len(vectors), weights, weights * FLOAT32_BITS))
+    return (*found, _vectors(config))
+
+
+def allocated_classes(allocation: Allocation, solver: str, config: DecoderConfig) -> tuple[TensorClass, ...]:
+    """The matrices of each kind and grid that a budget gave, then all that is never quantized."""
+    found = [
+        _class(
+            f"layers.*.{c.kind}" if c.layers else c.kind,
+            c.grid,
+            solver,
+            max(1, len(c.layers)),
+            c.weights,
+            8 * c.size_bytes,
+        ).model_copy(update={"targets": (allocation.target,)})
+        for c in classes(allocation)
+    ]
+    return (*found, _vectors(config))
+
+
+def _vectors(config: DecoderConfig) -> TensorClass:
+    shapes = [shape for name, shape in config.parameter_shapes().items() if role_of(name) == "vector"]
+    weights = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
+    return _class("norms, biases and positions", FLOAT, None, len(shapes), weights, weights * FLOAT32_BITS)
 
 
 def solve_steps(quantized: Path) -> tuple[StepLoss, ...]:

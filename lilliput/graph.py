@@ -5,6 +5,11 @@
             ├─ samples ── statistics ── quantize ───┼─ dequantized ─┐     one of each per distinct set of rules
             └─ trace ─────────────────────┴─ export ┴─ validate ◄───┘     one of each per target
 
+A budget has three stages more. What every matrix costs on every grid is found once, for all targets that have one;
+each of them then gets rules of its own:
+
+    samples ── sensitivity ── price ── allocate ── quantize
+
 A second target with the same rules adds one export and one validate. A key is made of the stage's code
 (lilliput.fingerprint), its options and the keys of what it reads: so it is known before any work.
 """
@@ -20,16 +25,19 @@ from pathlib import Path
 from lilliput import registry
 from lilliput.fingerprint import fingerprint
 from lilliput.progress import Progress
-from lilliput.recipe_schema import FLOAT, Recipe, Rule, Target
+from lilliput.recipe_schema import FLOAT, Budget, Plugin, Recipe, Rule, Target
 from lilliput.run import StageKind
 from lilliput.stages import (
+    allocate,
     coverage,
     dequantized,
     evaluation,
     export,
+    price,
     quantize,
     reference,
     samples,
+    sensitivity,
     source,
     statistics,
     trace,
@@ -63,12 +71,40 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """One set of rules and its two stages."""
+class First:
+    """The stages that solutions and targets read."""
 
-    rules: tuple[Rule, ...]
+    source: Stage
+    evaluation: Stage
+    samples: Stage | None  # None: no solver needs statistics
+    statistics: Stage | None
+    trace: Stage
+    reference: Stage
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What every matrix costs on every grid that budgets choose from, by one solver."""
+
+    sensitivity: Stage
+    price: Stage
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One set of rules and its two stages. The rules of a budget are those that its allocate stage finds."""
+
+    rules: tuple[Rule, ...] | Budget
     quantize: Stage
     dequantized: Stage
+    allocate: Stage | None = None
+
+    def found(self, at: At) -> tuple[Rule, ...]:
+        """The rules, once the stages are done."""
+        if self.allocate is not None:
+            return allocate.rules_in(at(self.allocate))
+        assert not isinstance(self.rules, Budget)
+        return self.rules
 
 
 @dataclass(frozen=True)
@@ -89,6 +125,7 @@ class Graph:
     samples: Stage | None  # None: no solver needs statistics
     coverage: Stage | None  # of the samples
     statistics: Stage | None
+    priced: tuple[Stage, ...]  # sensitivity and price, where a target has a budget
     trace: Stage
     reference: Stage
     targets: tuple[TargetStages, ...]
@@ -97,16 +134,17 @@ class Graph:
     def order(self) -> tuple[Stage, ...]:
         first = [self.source, self.evaluation, self.samples, self.coverage, self.trace, self.reference]
         first.append(self.statistics)
-        solved = [s for t in self.targets for s in (t.solution.quantize, t.solution.dequantized)]
+        solutions = [t.solution for t in self.targets]
+        solved = [stage for s in solutions for stage in (s.allocate, s.quantize, s.dequantized)]
         made = [s for t in self.targets for s in (t.export, t.validate)]
-        return tuple(dict.fromkeys(s for s in [*first, *solved, *made] if s is not None))
+        return tuple(dict.fromkeys(s for s in [*first, *self.priced, *solved, *made] if s is not None))
 
 
 def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
     """The graph of a recipe whose source's files have that hash. `host` names what measures: another measures anew."""
     loaded = _source(recipe, source_sha256)
     evaluated = _evaluation(recipe, loaded)
-    needs = any(_needs_statistics(rule) for target in recipe.targets for rule in recipe.rules_of(target))
+    needs = any(_uses_statistics(recipe.quantize_of(target)) for target in recipe.targets)
     sampled = _samples(recipe, loaded) if needs else None
     covered = _coverage(loaded, sampled, evaluated) if sampled else None
     gathered = _statistics(loaded, sampled) if sampled else None
@@ -115,16 +153,21 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
         "reference", "", (loaded, evaluated), (), {},
         lambda at, folder, progress: reference.work(at(loaded), at(evaluated), folder, progress),
     )  # fmt: skip
+    first = First(loaded, evaluated, sampled, gathered, traced, held)
+    priced = _prices(recipe, first)
     solutions: dict[tuple[str, ...], Solution] = {}
     stages = []
     for target in recipe.targets:
-        rules = recipe.rules_of(target)
-        text = tuple(rule.model_dump_json() for rule in rules)
-        if text not in solutions:
+        rules = recipe.quantize_of(target)
+        if isinstance(rules, Budget):
+            solution = _mixed(recipe, target, rules, first, priced[_text(rules.solver)])
+        else:
+            text = tuple(rule.model_dump_json() for rule in rules)
             label = _label(rules, [s.quantize.subject for s in solutions.values()])
-            solutions[text] = _solution(recipe, rules, label, loaded, gathered, evaluated, held)
-        stages.append(_target(target, solutions[text], loaded, traced, evaluated, held, host))
-    return Graph(recipe, loaded, evaluated, sampled, covered, gathered, traced, held, tuple(stages))
+            solution = solutions.setdefault(text, solutions.get(text) or _solution(recipe, rules, label, first))
+        stages.append(_target(target, solution, first, host))
+    both = tuple(dict.fromkeys(stage for price in priced.values() for stage in (price.sensitivity, price.price)))
+    return Graph(recipe, loaded, evaluated, sampled, covered, gathered, both, traced, held, tuple(stages))
 
 
 def _source(recipe: Recipe, source_sha256: str) -> Stage:
@@ -176,11 +219,69 @@ def _trace(recipe: Recipe, loaded: Stage) -> Stage:
     )  # fmt: skip
 
 
-def _solution(
-    recipe: Recipe, rules: tuple[Rule, ...], label: str,
-    loaded: Stage, gathered: Stage | None, evaluated: Stage, held: Stage,
-) -> Solution:  # fmt: skip
-    used = gathered if any(map(_needs_statistics, rules)) else None
+def _prices(recipe: Recipe, first: First) -> dict[str, Priced]:
+    """One for each solver of the recipe's budgets, with the grids of all targets that have it."""
+    wanted: dict[str, tuple[Plugin, list[str]]] = {}
+    for target in recipe.targets:
+        budget = recipe.quantize_of(target)
+        if isinstance(budget, Budget):
+            _, grids = wanted.setdefault(_text(budget.solver), (budget.solver, []))
+            grids += [name for name in grids_of(target, budget) if name not in grids]
+    return {text: _priced(solver, tuple(grids), recipe.seed, first) for text, (solver, grids) in wanted.items()}
+
+
+def _priced(solver: Plugin, grids: tuple[str, ...], seed: int, first: First) -> Priced:
+    loaded, sampled, gathered = first.source, first.samples, first.statistics
+    assert sampled is not None
+    assert gathered is not None
+    sensed = Stage(
+        "sensitivity", "", (loaded, sampled), (), {"seed": seed},
+        lambda at, folder, progress: sensitivity.work(at(loaded), at(sampled), seed, folder, progress),
+    )  # fmt: skip
+    priced = Stage(
+        "price", solver.name, (loaded, gathered, sensed), (registry.module_name("solvers", solver.name),),
+        {"grids": grids, "solver": solver.model_dump()},
+        lambda at, folder, progress: price.work(
+            at(loaded), at(gathered), at(sensed), grids, solver, folder, progress
+        ),
+    )  # fmt: skip
+    return Priced(sensed, priced)
+
+
+def grids_of(target: Target, budget: Budget) -> tuple[str, ...]:
+    """The grids that a target's budget chooses from: its own, or those that the exporter's runtime runs fast."""
+    if budget.grids:
+        return budget.grids
+    found = registry.constant("exporters", target.exporter.name, "budget_grids")
+    assert isinstance(found, tuple)
+    return found
+
+
+def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced: Priced) -> Solution:
+    """The solution of one target's budget."""
+    loaded, traced, gathered, grids = first.source, first.trace, first.statistics, grids_of(target, budget)
+    assert gathered is not None
+    exporter = registry.module_name("exporters", target.exporter.name)
+    allocated = Stage(
+        "allocate", target.name, (loaded, traced, gathered, priced.price), (exporter,),
+        {"budget": budget.model_dump(), "grids": grids, **target.model_dump(include={"name", "exporter"})},
+        lambda at, folder, progress: allocate.work(
+            allocate.Held(*map(at, (loaded, traced, gathered, priced.price))), target, budget, grids, folder, progress
+        ),
+    )  # fmt: skip
+    solved = Stage(
+        "quantize", target.name, (loaded, gathered, priced.sensitivity, allocated),
+        (registry.module_name("solvers", budget.solver.name),), {"name": recipe.model.name},
+        lambda at, folder, progress: quantize.work(
+            at(loaded), at(gathered), allocate.rules_in(at(allocated)), recipe.model.name, folder, progress,
+            at(priced.sensitivity),
+        ),
+    )  # fmt: skip
+    return Solution(budget, solved, _dequantized(target.name, solved, first), allocated)
+
+
+def _solution(recipe: Recipe, rules: tuple[Rule, ...], label: str, first: First) -> Solution:
+    loaded, used = first.source, first.statistics if _uses_statistics(rules) else None
     solvers = {registry.module_name("solvers", rule.solver.name) for rule in rules if rule.grid != FLOAT}
     solvers |= {registry.module_name("transforms", t.name) for rule in rules for t in rule.transforms}
     solved = Stage(
@@ -190,33 +291,46 @@ def _solution(
             at(loaded), at(used) if used else None, rules, recipe.model.name, folder, progress
         ),
     )  # fmt: skip
-    run = Stage(
+    return Solution(rules, solved, _dequantized(label, solved, first))
+
+
+def _dequantized(label: str, solved: Stage, first: First) -> Stage:
+    evaluated, held = first.evaluation, first.reference
+    return Stage(
         "dequantized", label, (solved, evaluated, held), (), {},
         lambda at, folder, progress: dequantized.work(at(solved), at(evaluated), at(held), folder, progress),
     )  # fmt: skip
-    return Solution(rules, solved, run)
 
 
-def _target(
-    target: Target, solution: Solution, loaded: Stage, traced: Stage, evaluated: Stage, held: Stage, host: str
-) -> TargetStages:
-    solved = solution.quantize
+def _target(target: Target, solution: Solution, first: First, host: str) -> TargetStages:
+    solved, traced = solution.quantize, first.trace
     exporter = registry.module_name("exporters", target.exporter.name)
+    limit = solution.rules.limit_bytes if isinstance(solution.rules, Budget) else None
     exported = Stage(
-        "export", target.name, (solved, traced), (exporter,), {"exporter": target.exporter.model_dump()},
-        lambda at, folder, progress: export.work(at(solved), at(traced), target.exporter, folder, progress),
+        "export", target.name, (solved, traced), (exporter,),
+        {"exporter": target.exporter.model_dump(), "limit_bytes": limit},
+        lambda at, folder, progress: export.work(at(solved), at(traced), target.exporter, folder, progress, limit),
     )  # fmt: skip
     plugins = [registry.module_name("runtimes", target.runtime.name)]
     plugins.append(registry.module_name("devices", target.device.name))
     wanted = target.model_dump(include={"name", "runtime", "device", "threads"}) | {"host": host}
 
-    inputs = (loaded, solved, traced, evaluated, held, solution.dequantized)
+    inputs = (first.source, solved, traced, first.evaluation, first.reference, solution.dequantized)
 
     def work(at: At, folder: Path, progress: Progress) -> None:
         validation.work(at(exported), validation.Held(*map(at, inputs)), target, folder, progress)
 
     validated = Stage("validate", target.name, (*inputs, exported), (exporter, *plugins), wanted, work)
     return TargetStages(target, solution, exported, validated)
+
+
+def _text(plugin: Plugin) -> str:
+    return plugin.model_dump_json()
+
+
+def _uses_statistics(rules: tuple[Rule, ...] | Budget) -> bool:
+    """A budget weighs by them, whatever its solver."""
+    return isinstance(rules, Budget) or any(map(_needs_statistics, rules))
 
 
 def _needs_statistics(rule: Rule) -> bool:

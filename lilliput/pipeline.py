@@ -21,11 +21,11 @@ from lilliput.graph import Graph, Stage, TargetStages
 from lilliput.manifest import ArtifactFacts, Manifest
 from lilliput.planning import host_of, plan, source_sha256
 from lilliput.progress import Progress
-from lilliput.recipe_schema import Recipe
+from lilliput.recipe_schema import Budget, Recipe
 from lilliput.report import Report, StageTime, StepLoss, TensorClass
 from lilliput.results import Host, TargetResult, worst
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Quiet, Run, Watcher
-from lilliput.stages import coverage
+from lilliput.stages import allocate, coverage
 from lilliput.stages import export as exporting
 from lilliput.stages import validate as validation
 from lilliput.store import Store, default_root, publish
@@ -131,9 +131,14 @@ def _report(plan: Plan, graph: Graph, work: Work) -> Report:
         coverage=covered,
         host=_host(recipe),
         versions=facts.versions(),
-        tensors=_tensors(graph, source),
+        tensors=_tensors(graph, work),
         targets=targets,
         steps=_steps(graph, work),
+        allocations=tuple(
+            allocate.allocation_in(work.folder(stages.solution.allocate))
+            for stages in graph.targets
+            if stages.solution.allocate
+        ),
         stages=tuple(work.times),
         notes=(*facts.proofs(source), *(covered.warnings if covered else ())),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -145,15 +150,24 @@ def _host(recipe: Recipe) -> Host:
     return host
 
 
-def _tensors(graph: Graph, source: Path) -> tuple[TensorClass, ...]:
+def _tensors(graph: Graph, work: Work) -> tuple[TensorClass, ...]:
     """Of every distinct set of rules, each class once."""
-    config = facts.config_of(source)
-    return tuple(dict.fromkeys(c for t in graph.targets for c in facts.tensor_classes(t.solution.rules, config)))
+    return tuple(dict.fromkeys(c for stages in graph.targets for c in _classes(graph, stages, work)))
+
+
+def _classes(graph: Graph, stages: TargetStages, work: Work) -> tuple[TensorClass, ...]:
+    config, solution = facts.config_of(work.folder(graph.source)), stages.solution
+    if solution.allocate is None:
+        return facts.tensor_classes(solution.found(work.folder), config)
+    assert isinstance(solution.rules, Budget)
+    found = allocate.allocation_in(work.folder(solution.allocate))
+    return facts.allocated_classes(found, solution.rules.solver.name, config)
 
 
 def _steps(graph: Graph, work: Work) -> tuple[StepLoss, ...]:
-    """Of every distinct set of rules, each step once."""
-    folders = dict.fromkeys(work.folder(stages.solution.quantize) for stages in graph.targets)
+    """Of every distinct set of rules, each step once. A budget has a rule a matrix: its table is the allocation's."""
+    solutions = [stages.solution for stages in graph.targets if stages.solution.allocate is None]
+    folders = dict.fromkeys(work.folder(solution.quantize) for solution in solutions)
     return tuple(dict.fromkeys(step for folder in folders for step in facts.solve_steps(folder)))
 
 
@@ -177,7 +191,7 @@ def _publish(plan: Plan, graph: Graph, stages: TargetStages, result: TargetResul
         source=made.source,
         calibration=made.calibration,
         evaluation=made.evaluation,
-        tensors=facts.tensor_classes(stages.solution.rules, facts.config_of(work.folder(graph.source))),
+        tensors=_classes(graph, stages, work),
         seed=recipe.seed,
         stages={stage.name: stage.key for stage in _ancestry(stages.validate)},
         versions=made.versions | result.versions,

@@ -17,11 +17,11 @@ from lilliput import graph as graphs
 from lilliput import output, registry
 from lilliput.artifact import sha256
 from lilliput.errors import ExportError, MissingPackageError, RecipeError, did_you_mean
-from lilliput.estimate import artifact_bytes, estimate
+from lilliput.estimate import artifact_bytes, budget_bytes, estimate
 from lilliput.graph import Graph, Stage, TargetStages
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import FLOAT, ModelSpec, Recipe, Rule, Target, assign, parameter_count
+from lilliput.recipe_schema import FLOAT, MEGA, Budget, ModelSpec, Recipe, Rule, Target, assign, parameter_count
 from lilliput.run import Plan, PlannedStage, PlannedTarget
 from lilliput.store import Store, default_root
 
@@ -146,13 +146,40 @@ def check_target(stages: TargetStages, config: DecoderConfig) -> None:
     registry.options("exporters", target.exporter.name, target.exporter.options)
     registry.options("runtimes", target.runtime.name, target.runtime.options)
     registry.options("devices", target.device.name, target.device.options)
-    assigned = assign(stages.solution.rules, config)
+    rules = stages.solution.rules
+    if isinstance(rules, Budget):
+        _check_budget(target, rules, config)
+        return
+    assigned = assign(rules, config)
     for rule in dict.fromkeys(rule.model_dump_json() for rule in assigned.values()):
         checked = Rule.model_validate_json(rule)
         registry.options("solvers", checked.solver.name, checked.solver.options)
         for transform in checked.transforms:
             registry.options("transforms", transform.name, transform.options)
     check_formats(target, assigned, config)
+
+
+def _check_budget(target: Target, budget: Budget, config: DecoderConfig) -> None:
+    """Raise RecipeError for a budget below what the smallest grids take, whatever else the file holds."""
+    registry.options("solvers", budget.solver.name, budget.solver.options)
+    exporter: Exporter = registry.load("exporters", target.exporter.name)()
+    shapes = {n: (s[0], s[1]) for n, s in config.parameter_shapes().items() if role_of(n) != "vector"}
+    least, weights = 0.0, 0
+    for name, (rows, cols) in shapes.items():
+        specs = [grid(choice) for choice in graphs.grids_of(target, budget)]
+        bits = [s.bits_per_weight(cols) for s in specs if exporter.refuses(s, role_of(name), (rows, cols)) is None]
+        if not bits:
+            raise RecipeError(
+                f"target {target.name!r}: {target.exporter.name} holds {name} ({rows}, {cols}) on none of the grids "
+                f"{', '.join(graphs.grids_of(target, budget))}: give `grids` one that it can hold"
+            )
+        least, weights = least + rows * cols * min(bits) / 8, weights + rows * cols
+    limit = budget.limit_bytes or int((budget.bits_per_weight or 0.0) * weights / 8)
+    if limit < least:
+        raise RecipeError(
+            f"target {target.name!r}: a budget of {limit / MEGA:.1f} MB is too small: the matrices alone take "
+            f"{least / MEGA:.1f} MB ({8 * least / weights:.2f} bits per weight) on the smallest grids: raise it"
+        )
 
 
 def check_formats(target: Target, assigned: dict[str, Rule], config: DecoderConfig) -> None:
@@ -180,7 +207,8 @@ def _planned(recipe: Recipe, graph: Graph, cached: dict[str, bool], config: Deco
 
 
 def _planned_target(stages: TargetStages, config: DecoderConfig) -> PlannedTarget:
-    target, size = stages.target, artifact_bytes(assign(stages.solution.rules, config), config)
+    target, rules = stages.target, stages.solution.rules
+    size = budget_bytes(rules, config) if isinstance(rules, Budget) else artifact_bytes(assign(rules, config), config)
     return PlannedTarget(target.name, target.exporter.name, target.runtime.name, target.device.name, size)
 
 

@@ -20,11 +20,23 @@ from pydantic_core import ErrorDetails
 from lilliput import registry
 from lilliput.errors import RecipeError, did_you_mean
 from lilliput.listing import recipes_folder
-from lilliput.recipe_schema import Calibration, Evaluation, ModelSpec, Plugin, Recipe, Rule, SamplePart, Target
+from lilliput.recipe_schema import (
+    QUANTIZE_TAGS,
+    Budget,
+    Calibration,
+    Evaluation,
+    ModelSpec,
+    Plugin,
+    Recipe,
+    Rule,
+    SamplePart,
+    Target,
+)
 from lilliput.results import Gate
 
 __all__ = [
     "DEFAULT",
+    "Budget",
     "Calibration",
     "Evaluation",
     "ModelSpec",
@@ -132,7 +144,8 @@ def dotted(path: Path_) -> str:
 
 
 def _explain(file: Path, lines: dict[Path_, int], error: ErrorDetails) -> str:
-    path = tuple(error["loc"])
+    loc = error["loc"]
+    path = tuple(p for i, p in enumerate(loc) if not (p in QUANTIZE_TAGS and loc[i - 1 : i] == ("quantize",)))
     place = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     where = f"recipe {file}" + (f" line {place}" if place else "")
     if error["type"] == "extra_forbidden":
@@ -147,6 +160,8 @@ def _explain(file: Path, lines: dict[Path_, int], error: ErrorDetails) -> str:
 def _keys_beside(path: Path_) -> list[str]:
     """The keys that are known where an unknown one stands."""
     sections = [SECTIONS[p] for p in path[:-1] if isinstance(p, str) and p in SECTIONS]
+    if path[-2:-1] == ("quantize",):
+        sections.append(Budget)
     return list((sections[-1] if sections else Recipe).model_fields)
 
 

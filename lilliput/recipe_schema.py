@@ -15,6 +15,10 @@
     gates: [{metric: mean_kld, max: 0.15}]
 
 `solver: [awq, gptq]` is a chain: the last chooses codes, the transforms before it rescale the float model for that.
+
+`quantize: {budget_mb: 63}` gives each matrix the grid that keeps the model file within 63 · 10⁶ bytes at the least
+predicted loss; `{bits_per_weight: 4.5}` counts the bits of all matrices instead, scales included.
+
 `quantize: int4-b32` is short for three rules: GPTQ on that grid for every linear layer; RTN on int8-channel for
 embedding and head below a billion parameters; RTN on the same grid for them from there on. A solver, exporter,
 runtime or device is a name, or a mapping of `name` and its options.
@@ -24,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -46,7 +50,7 @@ from lilliput.grid import COMMON_GRIDS, GGUF_GRIDS, grid
 from lilliput.model import DecoderConfig, role_of
 from lilliput.results import Gate
 
-BILLION = 1_000_000_000
+MEGA, BILLION = 1_000_000, 1_000_000_000
 FLOAT = "float32"  # the rule's grid that keeps a matrix as it is
 
 
@@ -240,6 +244,39 @@ def _rules(value: object) -> object:
 Rules = Annotated[
     tuple[Rule, ...], Field(min_length=1), BeforeValidator(_rules, json_schema_input_type=str | list[Rule])
 ]
+
+
+class Budget(Strict):
+    """Mixed precision: grids by measured sensitivity, within a size. One of budget_mb and bits_per_weight is given."""
+
+    budget_mb: float | None = Field(default=None, gt=0)  # 10⁶ bytes of the model file
+    bits_per_weight: float | None = Field(default=None, gt=0)  # of all matrices together
+    grids: Annotated[tuple[GridName, ...], Field(min_length=1), BeforeValidator(_tuple)] | None = None
+    solver: SolverRef = Plugin(name="gptq")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.budget_mb is None) == (self.bits_per_weight is None):
+            seen = "none" if self.budget_mb is None else "both"
+            raise ValueError(f"{seen} of budget_mb and bits_per_weight is given, wanted one of them")
+        if self.grids and FLOAT in self.grids:
+            raise ValueError(f"grids: {FLOAT} is no grid to choose: a budget quantizes every matrix")
+        return self
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Of the model file; None where the budget is bits per weight."""
+        return None if self.budget_mb is None else round(self.budget_mb * MEGA)
+
+
+QUANTIZE_TAGS = ("rules", "budget")  # in pydantic's error locations
+
+
+def _quantize_tag(value: object) -> Literal["rules", "budget"]:
+    return "budget" if isinstance(value, Mapping | Budget) else "rules"
+
+
+Quantize = Annotated[Annotated[Rules, Tag("rules")] | Annotated[Budget, Tag("budget")], Discriminator(_quantize_tag)]
 Gates = Annotated[tuple[Gate, ...], BeforeValidator(_tuple)]
 
 
@@ -259,7 +296,7 @@ class Target(Strict):
     runtime: RuntimeRef
     device: DeviceRef = Plugin(name="host")
     threads: int | None = Field(default=None, ge=1)  # default: the device's physical cores
-    quantize: Rules | None = None
+    quantize: Quantize | None = None
     gates: Gates = ()
 
 
@@ -272,7 +309,7 @@ class Recipe(Strict):
     context: int = Field(default=1024, ge=8)
     prefill: int = Field(default=128, ge=1)
     calibration: Calibration = Calibration()
-    quantize: Rules
+    quantize: Quantize
     evaluation: Evaluation = Evaluation()
     targets: Annotated[tuple[Target, ...], Field(min_length=1), BeforeValidator(_tuple)]
     gates: Gates = ()
@@ -288,8 +325,8 @@ class Recipe(Strict):
             raise ValueError(f"evaluation.length {self.evaluation.length} is longer than context {self.context}")
         return self
 
-    def rules_of(self, target: Target) -> tuple[Rule, ...]:
-        """The quantization rules that hold for a target."""
+    def quantize_of(self, target: Target) -> tuple[Rule, ...] | Budget:
+        """The quantization rules that hold for a target, or its budget."""
         return target.quantize or self.quantize
 
     def gates_of(self, target: Target) -> tuple[Gate, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from lilliput.allocated import Allocation
 from lilliput.errors import ArtifactError, OutputError
 from lilliput.results import Host, Record, TargetResult, Verdict
 
@@ -105,6 +106,7 @@ class Report(Record):
     tensors: tuple[TensorClass, ...]
     targets: tuple[TargetResult, ...]
     steps: tuple[StepLoss, ...] = ()  # rule by rule, in the order of its steps
+    allocations: tuple[Allocation, ...] = ()  # of the targets whose grids a budget chose
     stages: tuple[StageTime, ...] = ()
     notes: tuple[str, ...] = ()  # whatever was refused, kept in float or not proven, by name
     created: str = ""  # UTC, ISO 8601

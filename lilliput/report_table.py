@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lilliput import figures
+from lilliput.allocated import Allocation, classes, ranges
 from lilliput.ladder import guilty, steps
 from lilliput.report import Coverage, Report, Slice
 from lilliput.results import GateResult, RungName, TargetResult
@@ -84,6 +85,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
         yield from _table(("rule", "grid", "after each step"), solve_steps(report))
         yield ""
+    for allocation in report.allocations:
+        yield from _allocation(allocation)
     yield _provenance(report)
     yield from _coverage(report)
     notes = [*report.notes, *(f"{t.name}: {note}" for t in report.targets for note in t.notes)]
@@ -106,6 +109,41 @@ def _ladder_row(target: TargetResult) -> tuple[str, ...]:
     added = (figures.signed(found[rung].added) if rung in found else figures.NONE for rung in RUNGS)
     measured = [step.total for step in found.values() if step.total is not None]
     return (target.name, *added, figures.number(measured[-1] if measured else None))
+
+
+ALLOCATED = ("matrices", "grid", "layers", "size", "bits a weight", "predicted KLD")
+
+
+def budget_line(allocation: Allocation) -> str:
+    """What a budget came to, in a sentence."""
+    found = (
+        f"{figures.number(allocation.bits_per_weight)} bits a weight, predicted KLD {figures.number(allocation.loss)}"
+    )
+    if allocation.limit_bytes is None or allocation.file_bytes is None:
+        return f"{allocation.target}: {found}."
+    return f"{allocation.target}: {allocation.file_bytes:,} of {allocation.limit_bytes:,} bytes, {found}."
+
+
+def allocated_rows(allocation: Allocation) -> list[tuple[str, ...]]:
+    """What went where: a row for each kind of matrix and grid, in the columns of ALLOCATED."""
+    return [
+        (
+            row.kind,
+            row.grid,
+            ranges(row.layers) or figures.NONE,
+            figures.megabytes(row.size_bytes),
+            figures.number(8 * row.size_bytes / row.weights),
+            figures.number(row.loss),
+        )
+        for row in classes(allocation)
+    ]
+
+
+def _allocation(allocation: Allocation) -> Iterator[str]:
+    yield f"What the budget gave to each matrix. {budget_line(allocation)}"
+    yield ""
+    yield from _table(ALLOCATED, allocated_rows(allocation))
+    yield ""
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:

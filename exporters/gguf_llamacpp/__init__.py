@@ -41,6 +41,13 @@ class Exporter:
     Options: ClassVar = Options
     packages: ClassVar[tuple[str, ...]] = ("gguf",)
     extra: ClassVar[str] = "llamacpp"
+    budget_grids: ClassVar[tuple[str, ...]] = (
+        "int4-b32",
+        "int4-b32-min-f16",
+        "int5-b32",
+        "int5-b32-min-f16",
+        "int8-b32",
+    )
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
         return blocks.refusal(spec, shape[1])

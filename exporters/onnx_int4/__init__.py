@@ -39,6 +39,18 @@ class Exporter:
     Options: ClassVar[type[ExporterOptions]] = Options
     packages: ClassVar[tuple[str, ...]] = ("onnx",)
     extra: ClassVar[str] = "onnx"
+    budget_grids: ClassVar[tuple[str, ...]] = (
+        "int2-b16",
+        "int2-b32",
+        "int4-b128",
+        "int4-b64",
+        "int4-b32",
+        "int4-b16",
+        "int4-b32-zp-f16",
+        "int4-b16-zp-f16",
+        "int8-b128",
+        "int8-b32",
+    )
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
         return packing.refusal(spec)

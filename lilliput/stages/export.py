@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lilliput import registry
 from lilliput.artifact import Artifact
+from lilliput.errors import ExportError
 from lilliput.progress import Progress
 from lilliput.recipe_schema import Plugin
 
@@ -23,11 +24,18 @@ FACTS = "artifact.json"
 FILES = "files"
 
 
-def work(quantized: Path, traced: Path, plugin: Plugin, folder: Path, progress: Progress) -> None:
+def work(
+    quantized: Path, traced: Path, plugin: Plugin, folder: Path, progress: Progress, limit_bytes: int | None = None
+) -> None:
+    """Raises ExportError for a file above `limit_bytes`: the budget that its grids were chosen by."""
     from lilliput import checkpoint
 
     (folder / FILES).mkdir()
     artifact = export(checkpoint.load(quantized), traced, plugin, folder / FILES)
+    if limit_bytes is not None and artifact.size_bytes > limit_bytes:
+        raise ExportError(
+            f"{artifact.main_file} has {artifact.size_bytes} bytes, its budget is {limit_bytes}: lower budget_mb"
+        )
     facts = {
         "exporter": artifact.exporter,
         "main_file": artifact.main_file,

@@ -10,8 +10,11 @@ from lilliput.recipe_schema import Rule
 
 
 def work(
-    source: Path, statistics: Path | None, rules: tuple[Rule, ...], name: str | None, folder: Path, progress: Progress
-) -> None:
+    source: Path, statistics: Path | None, rules: tuple[Rule, ...], name: str | None, folder: Path, progress: Progress,
+    sensitivity: Path | None = None,
+) -> None:  # fmt: skip
+    """With `sensitivity`, solvers weigh by what an error costs, and the tied embedding has statistics too."""
+    from calibration.sensitivity import Guided, Sensitivity
     from calibration.solve import solve
     from calibration.statistics import Statistics
     from lilliput import checkpoint
@@ -19,4 +22,6 @@ def work(
 
     model = open_stage(source)
     gathered = Statistics(statistics) if statistics else None
+    if gathered and sensitivity:
+        gathered = Guided(gathered, Sensitivity(sensitivity))
     checkpoint.save(solve(replace(model, name=name or model.name), rules, gathered, progress), folder)

@@ -1,0 +1,131 @@
+"""Choose each matrix's grid for one target, within its budget.
+
+    rules.json         one rule a matrix: what quantize solves by
+    allocation.json    the same with bytes and predicted loss (lilliput.allocated.Allocation)
+
+A budget in bytes is one of the file. What the file holds besides matrices is measured: a file of the same shapes, with
+nothing but zeros in its matrices, is written and counted, for the smallest choice first, then for the one that is made.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lilliput import registry
+from lilliput.allocated import Allocation, Choice
+from lilliput.errors import CalibrationError
+from lilliput.progress import Progress
+from lilliput.recipe_schema import MEGA, Budget, Rule, Target
+
+if TYPE_CHECKING:
+    from calibration.allocation import Prices
+    from exporters.base import Exporter
+    from lilliput.model import SourceModel
+
+RULES, ALLOCATION = "rules.json", "allocation.json"
+ROUNDS = 5  # of writing a file and counting: the second fits but for the lengths of a few names
+
+
+@dataclass(frozen=True)
+class Held:
+    """The folders of what an allocation is made from."""
+
+    source: Path
+    traced: Path
+    statistics: Path
+    prices: Path
+
+
+def work(held: Held, target: Target, budget: Budget, grids: tuple[str, ...], folder: Path, progress: Progress) -> None:
+    from calibration.allocation import Prices
+    from lilliput.source import open_stage
+    from lilliput.stages.price import PRICES
+
+    exporter: Exporter = registry.load("exporters", target.exporter.name)()
+    source, prices = open_stage(held.source), Prices.model_validate_json((held.prices / PRICES).read_bytes())
+    allowed = prices.held_by(exporter.refuses, grids, source.config.parameter_shapes())
+    if budget.limit_bytes is None:
+        assert budget.bits_per_weight is not None
+        found = Allocation(
+            target=target.name,
+            limit_bytes=None,
+            file_bytes=None,
+            choices=_by_bits(allowed, budget.bits_per_weight, target.name),
+        )
+    else:
+        found = _by_file(allowed, budget.limit_bytes, Sizes(source, held, target, budget), progress)
+    (folder / ALLOCATION).write_text(found.model_dump_json(indent=1) + "\n")
+    rules = [rule.model_dump(mode="json") for rule in _rules(found.choices, budget)]
+    (folder / RULES).write_text(json.dumps(rules, indent=1) + "\n")
+    progress(1, 1)
+
+
+def rules_in(folder: Path) -> tuple[Rule, ...]:
+    """The rules that an allocate stage wrote."""
+    return tuple(Rule.model_validate_json(json.dumps(rule)) for rule in json.loads((folder / RULES).read_text()))
+
+
+def allocation_in(folder: Path) -> Allocation:
+    return Allocation.model_validate_json((folder / ALLOCATION).read_bytes())
+
+
+def _rules(choices: tuple[Choice, ...], budget: Budget) -> tuple[Rule, ...]:
+    return tuple(Rule(match=choice.name, grid=choice.grid, solver=budget.solver) for choice in choices)
+
+
+def _by_bits(prices: Prices, bits_per_weight: float, name: str) -> tuple[Choice, ...]:
+    weights = prices.total_weights
+    limit = int(bits_per_weight * weights / 8)
+    if limit < prices.least_bytes:
+        raise CalibrationError(
+            f"target {name!r}: budget of {bits_per_weight:g} bits per weight is too small: the grids "
+            f"{', '.join(prices.grids)} take at least {8 * prices.least_bytes / weights:.3f}; raise bits_per_weight "
+            "or give smaller grids"
+        )
+    return prices.within(limit)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts the bytes of a target's file for a choice of grids, by writing one whose matrices are zero."""
+
+    source: SourceModel
+    held: Held
+    target: Target
+    budget: Budget
+
+    def of(self, choices: tuple[Choice, ...]) -> int:
+        from calibration.allocation import blank
+        from calibration.statistics import Statistics
+        from lilliput.stages.export import export
+
+        model = blank(self.source, _rules(choices, self.budget), Statistics(self.held.statistics))
+        with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
+            return export(model, self.held.traced, self.target.exporter, Path(scratch)).size_bytes
+
+
+def _by_file(prices: Prices, limit: int, sizes: Sizes, progress: Progress) -> Allocation:
+    name = sizes.target.name
+    choices = prices.within(prices.least_bytes)
+    size = sizes.of(choices)
+    if size > limit:
+        raise CalibrationError(
+            f"target {name!r}: budget of {limit / MEGA:g} MB is too small: with the grids {', '.join(prices.grids)} "
+            f"the smallest file is {size / MEGA:.3f} MB; raise budget_mb or give smaller grids"
+        )
+    allowed = limit - (size - prices.least_bytes)
+    for done in range(ROUNDS):
+        progress(done, ROUNDS)
+        choices = prices.within(max(allowed, prices.least_bytes))
+        size = sizes.of(choices)
+        if size <= limit:
+            return Allocation(target=name, limit_bytes=limit, file_bytes=size, choices=choices)
+        allowed -= size - limit
+    raise CalibrationError(
+        f"target {name!r}: no file of at most {limit / MEGA:g} MB was found in {ROUNDS} rounds, the last has "
+        f"{size / MEGA:.3f} MB: give a slightly larger budget_mb"
+    )
