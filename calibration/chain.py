@@ -10,7 +10,7 @@ tr(D H Dᵀ) at first, after each transform, and after the solver, over tr(W H W
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def _fold(
     """A site's factors (n,), and each reader's errors: at first, after each transform."""
     rule = _transforms(site, asked)
     assert rule is not None
-    specs = tuple(grid(asked[name].grid) for name in site.readers)
+    specs = tuple(replace(grid(asked[name].grid), outliers=0) for name in site.readers)
     readers = Readers(tuple(source.weights[n] for n in site.readers), specs, statistics[site.readers[0]], site.shared)
     factors = np.ones(site.shared.max() + 1, np.float32)
     errors = [_rounding_errors(readers)]
@@ -112,7 +112,7 @@ def _rounding_errors(readers: Readers) -> list[float]:
 
 def rounding_error(weight: Float, spec: GridSpec, moments: Float) -> float:
     """tr(D H Dᵀ) of at most ROWS rows, rounded to nearest."""
-    taken = weight[sample_rows(len(weight), ROWS)]
+    taken, spec = weight[sample_rows(len(weight), ROWS)], replace(spec, outliers=0)
     return output_error(taken - rtn.Solver().solve(taken, spec, None, PLAIN).dequantize(), moments)
 
 

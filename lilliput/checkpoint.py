@@ -1,7 +1,7 @@
 """The checkpoint between calibration and export: one folder with every code, scale and float of a QuantizedModel.
 
     codes.safetensors   {name}.codes (int8 or uint8), {name}.scales (float32), {name}.offsets (uint8 or float32),
-                        {name}.supers (float32)
+                        {name}.supers (float32), {name}.columns (int64) and .values (float32) of columns at 16 bit
     floats.safetensors  {name} (float32)
     model.json          name, config, grid per quantized tensor, provenance, steps
     tokenizer/          the source's tokenizer files
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from lilliput.grid import QuantizedTensor, grid
+from lilliput.grid import Outliers, QuantizedTensor, grid
 from lilliput.model import DecoderConfig, QuantizedModel, SolveStep
 
 
@@ -33,6 +33,8 @@ def save(model: QuantizedModel, folder: Path) -> None:
             codes[f"{name}.offsets"] = tensor.offsets
         if tensor.supers is not None:
             codes[f"{name}.supers"] = tensor.supers
+        if tensor.outliers is not None:
+            codes[f"{name}.columns"], codes[f"{name}.values"] = tensor.outliers.columns, tensor.outliers.values
     save_file({k: np.ascontiguousarray(v) for k, v in codes.items()}, folder / "codes.safetensors")
     save_file({k: np.ascontiguousarray(v) for k, v in sorted(model.floats.items())}, folder / "floats.safetensors")
     shutil.copytree(model.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
@@ -57,6 +59,7 @@ def load(folder: Path) -> QuantizedModel:
             parts[f"{name}.scales"],
             parts.get(f"{name}.offsets"),
             parts.get(f"{name}.supers"),
+            Outliers(parts[f"{name}.columns"], parts[f"{name}.values"]) if f"{name}.columns" in parts else None,
         )
         for name, spec in text["grids"].items()
     }

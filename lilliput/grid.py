@@ -15,6 +15,9 @@ chosen. "bf16_f16" is the set of numbers that bfloat16 *and* float16 hold exactl
 Signed 8-bit codes stop at -127 (LiteRT's quantization spec asks for it: int8 weights lie in
 [-127, 127]); signed 4-bit codes use all of [-8, 7], which the three formats hold.
 
+A grid may keep a few columns at 16 bit beside the codes, LLM.int8()'s outliers (arXiv:2208.07339): "int8-channel-o8"
+keeps 8. Their codes stand for 0, their values are float16 numbers.
+
 Grids of GGUF alone have names of their own (GGUF_GRIDS). In those with super-blocks a block's scale is an integer
 times the float16 d of its super-block of 256 columns, and its minimum a negated integer times another float16,
 dmin: x = (d·sc)·code - (dmin·m). All products are exact in float32, so scales and offsets keep the formulas above.
@@ -76,6 +79,7 @@ class GridSpec:
     scale_dtype: ScaleDtype = "bf16_f16"
     super_blocks: SuperBlocks | None = None
     codebook: tuple[int, ...] | None = None  # ascending; the codes are its entries
+    outliers: int = 0  # columns kept at 16 bit
 
     @property
     def symmetric(self) -> bool:
@@ -120,7 +124,7 @@ class GridSpec:
             )
         scale = 32 if self.scale_dtype == "float32" else 16
         offset = {"none": 0, "zero_point": self.bits, "minimum": scale}[self.offset]
-        return self.bits + (scale + offset) * self.blocks(cols) / cols
+        return self.bits + ((scale + offset) * self.blocks(cols) + 16 * self.outliers) / cols
 
     @property
     def name(self) -> str:
@@ -130,10 +134,10 @@ class GridSpec:
         block = f"b{self.block_size}" if self.block_size else "channel"
         tail = {"none": "", "zero_point": "-zp", "minimum": "-min"}[self.offset]
         scale = {"bf16_f16": "", "float16": "-f16", "float32": "-f32"}[self.scale_dtype]
-        return f"int{self.bits}-{block}{tail}{scale}"
+        return f"int{self.bits}-{block}{tail}{scale}" + (f"-o{self.outliers}" if self.outliers else "")
 
 
-GRID_NAME = re.compile(r"int([2-8])-(channel|b(\d+))(-zp|-min)?(-f16|-f32)?")
+GRID_NAME = re.compile(r"int([2-8])-(channel|b(\d+))(-zp|-min)?(-f16|-f32)?(-o([1-9]\d*))?")
 COMMON_GRIDS = (
     "int4-b32", "int4-b64", "int4-b128", "int4-b32-zp-f16", "int4-b32-min-f16", "int5-b32", "int5-b32-min-f16",
     "int8-channel", "int8-b32",
@@ -154,7 +158,7 @@ def grid(name: str) -> GridSpec:
     """The grid of that name, e.g. "int4-b32", "int4-b64-zp-f16", "int8-channel", "q4_k".
 
     Raises GridError for a name that is no key of GGUF_GRIDS and not of the form
-    `int<bits>-<channel|b<size>>[-zp|-min][-f16|-f32]`.
+    `int<bits>-<channel|b<size>>[-zp|-min][-f16|-f32][-o<columns>]`, and for columns at 16 bit beside minima.
     """
     if name in GGUF_GRIDS:
         return GGUF_GRIDS[name]
@@ -163,7 +167,9 @@ def grid(name: str) -> GridSpec:
         raise GridError(f"unknown grid {name!r}: {did_you_mean(name, (*COMMON_GRIDS, *GGUF_GRIDS))}")
     offset: Offset = {None: "none", "-zp": "zero_point", "-min": "minimum"}[match[4]]  # type: ignore[assignment]
     dtype: ScaleDtype = {None: "bf16_f16", "-f16": "float16", "-f32": "float32"}[match[5]]  # type: ignore[assignment]
-    return GridSpec(int(match[1]), int(match[3] or 0), offset, dtype)
+    if match[7] and offset == "minimum":
+        raise GridError(f"grid {name!r}: columns at 16 bit need a code for 0, which minima do not give: choose -zp")
+    return GridSpec(int(match[1]), int(match[3] or 0), offset, dtype, outliers=int(match[7] or 0))
 
 
 def round_scale(values: npt.ArrayLike, dtype: ScaleDtype) -> Float:
@@ -186,6 +192,14 @@ def _round_bfloat16(x: Float) -> Float:
 
 
 @dataclass(frozen=True, eq=False)
+class Outliers:
+    """The columns of a matrix that are kept at 16 bit."""
+
+    columns: npt.NDArray[np.int64]  # (k,) ascending
+    values: Float  # (rows, k) float32, all of them float16 numbers
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """A (rows, cols) matrix on a grid. Immutable; raises GridError if the parts do not fit the grid."""
 
@@ -194,6 +208,7 @@ class QuantizedTensor:
     scales: Float  # (rows, n_blocks) float32, already on the grid's scale dtype
     offsets: npt.NDArray[np.uint8] | Float | None = None  # (rows, n_blocks): zero points uint8, or minima float32
     supers: Float | None = None  # (rows, n_supers, 1 or 2) float32: d, and dmin where the grid has minima
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or self.codes.dtype != self.spec.code_dtype:
@@ -213,6 +228,13 @@ class QuantizedTensor:
         if (None if self.supers is None else self.supers.shape) != supers:
             seen = "none" if self.supers is None else self.supers.shape
             raise GridError(f"{self.spec.name} super-block factors are {seen}, wanted {supers or 'none'}")
+        kept = None if self.outliers is None else (self.outliers.columns.shape, self.outliers.values.shape)
+        count = min(self.spec.outliers, self.codes.shape[1])
+        if kept != (((count,), (self.codes.shape[0], count)) if count else None):
+            raise GridError(
+                f"{self.spec.name} keeps {count} columns at 16 bit, seen {kept[0][0] if kept else 'none'}: "
+                "solver llm_int8 chooses them, on a grid whose name ends with -o<columns>"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -231,6 +253,12 @@ class QuantizedTensor:
 
     def dequantize(self) -> Float:
         """(rows, cols) float32, computed in float32 as the formula above reads."""
+        values = self._of_codes()
+        if self.outliers is not None:
+            values[:, self.outliers.columns] = self.outliers.values
+        return values
+
+    def _of_codes(self) -> Float:
         codes, scale = self.codes.astype(np.float32), self.per_weight(self.scales)
         if self.offsets is None:
             return scale * codes
@@ -257,6 +285,8 @@ class QuantizedTensor:
             raise GridError(f"{name}: codes leave [{self.spec.qmin}, {self.spec.qmax}] of {self.spec.name}")
         if self.spec.codebook and not np.isin(self.codes, self.spec.codebook).all():
             raise GridError(f"{name}: codes are not all in the codebook of {self.spec.name}")
+        if self.outliers is not None:
+            self._check_outliers(name, self.outliers)
         if self.supers is not None:
             self._check_integers(name)
             stored = [self.supers]
@@ -265,6 +295,17 @@ class QuantizedTensor:
         for part in stored:
             if not np.isfinite(part).all() or not np.array_equal(round_scale(part, self.spec.scale_dtype), part):
                 raise GridError(f"{name}: scales are not all {self.spec.scale_dtype} numbers, as {self.spec.name} asks")
+
+    def _check_outliers(self, name: str, kept: Outliers) -> None:
+        inside = (
+            (kept.columns >= 0).all() and (kept.columns < self.shape[1]).all() and (np.diff(kept.columns) > 0).all()
+        )
+        if not inside or self._of_codes()[:, kept.columns].any():
+            raise GridError(
+                f"{name}: columns at 16 bit {kept.columns.tolist()} are out of order, or have codes beside 0"
+            )
+        if not np.array_equal(kept.values, round_scale(kept.values, "float16")):
+            raise GridError(f"{name}: columns at 16 bit hold numbers that are no float16")
 
     def _stored_scales(self) -> list[Float]:
         return [self.scales] if self.spec.offset != "minimum" else [self.scales, np.asarray(self.offsets)]
@@ -287,14 +328,18 @@ class QuantizedTensor:
                     f"{name}: {what} are not integers in [{low}, {limits.high}] times a super-block's factor"
                 )
 
+    @property
+    def kept(self) -> tuple[npt.NDArray[np.int64] | None, Float | None]:
+        """Columns and values of the outliers."""
+        return (None, None) if self.outliers is None else (self.outliers.columns, self.outliers.values)
+
     def same_as(self, other: QuantizedTensor) -> bool:
         """Bit for bit: the grid's arithmetic, codes, scales, offsets and super-blocks' factors."""
         if self.spec.offset != other.spec.offset or self.spec.blocks(self.shape[1]) != other.spec.blocks(
             other.shape[1]
         ):
             return False
-        mine = (self.codes, self.scales, self.offsets, self.supers)
-        theirs = (other.codes, other.scales, other.offsets, other.supers)
+        mine, theirs = ((t.codes, t.scales, t.offsets, t.supers, *t.kept) for t in (self, other))
         return all(
             np.array_equal(a, b) if a is not None and b is not None else a is b
             for a, b in zip(mine, theirs, strict=True)
@@ -312,11 +357,19 @@ def concatenate_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
     def stacked(arrays: list[Any]) -> Any:
         return None if arrays[0] is None else np.concatenate(arrays)
 
-    fields = ("codes", "scales", "offsets", "supers")
-    return QuantizedTensor(parts[0].spec, *(stacked([getattr(p, field) for p in parts]) for field in fields))
+    outliers = [p.outliers for p in parts if p.outliers is not None]
+    if any(not np.array_equal(outliers[0].columns, o.columns) for o in outliers):
+        raise GridError("cannot stack matrices that keep different columns at 16 bit")
+    kept = Outliers(outliers[0].columns, stacked([o.values for o in outliers])) if outliers else None
+    codes, scales, offsets, supers = (
+        stacked([getattr(p, field) for p in parts]) for field in ("codes", "scales", "offsets", "supers")
+    )
+    return QuantizedTensor(parts[0].spec, codes, scales, offsets, supers, kept)
 
 
 def take_rows(tensor: QuantizedTensor, order: npt.NDArray[np.intp]) -> QuantizedTensor:
     """The matrix with its rows in another order (RoPE permutation): exact."""
-    parts = (tensor.codes, tensor.scales, tensor.offsets, tensor.supers)
-    return QuantizedTensor(tensor.spec, *(None if part is None else part[order] for part in parts))  # type: ignore[arg-type]
+    kept = None if tensor.outliers is None else Outliers(tensor.outliers.columns, tensor.outliers.values[order])
+    offsets = None if tensor.offsets is None else tensor.offsets[order]
+    supers = None if tensor.supers is None else tensor.supers[order]
+    return QuantizedTensor(tensor.spec, tensor.codes[order], tensor.scales[order], offsets, supers, kept)

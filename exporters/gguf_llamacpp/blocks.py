@@ -28,7 +28,7 @@ Source: ggml/src/ggml-common.h (block_*), ggml-quants.c (dequantize_row_*).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import gguf
@@ -79,6 +79,8 @@ INDEX[CODEBOOK.view(np.uint8)] = np.arange(len(CODEBOOK))
 
 def refusal(spec: GridSpec, cols: int) -> str | None:
     """Why no block type holds the grid exactly, or None."""
+    if spec.outliers:
+        return f"a GGUF tensor has no columns at 16 bit beside its blocks: choose {replace(spec, outliers=0).name}"
     if spec.super_blocks:
         wide = spec.super_blocks.cols
         if cols % wide:
@@ -162,7 +164,7 @@ def unpack(data: Bytes, spec: GridSpec, name: str) -> QuantizedTensor:
     halves = [parts[part].view("<f2")[..., 0].astype(np.float32) for part in "dm" if part in parts]
     if not spec.super_blocks:
         gathered = [_gather(half, spec, codes.shape[1], name) for half in halves]
-        return QuantizedTensor(spec, codes, *gathered)
+        return QuantizedTensor(spec, codes, gathered[0], gathered[1] if len(gathered) == 2 else None)
     supers = np.stack(halves, axis=-1)  # (rows, super-blocks, 1 or 2)
     packed = parts["integers"]
     unsigned = unpack_scales(packed) if layout.integers is None else join(packed, layout.integers)

@@ -16,6 +16,8 @@ LiteRT's quantization specification (int8 weights in [-127, 127]).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +28,8 @@ BLOCK_MULTIPLE = 32  # XNNPACK's 4-bit kernels walk a row in steps of 32
 
 def refusal(spec: GridSpec, shape: tuple[int, int]) -> str | None:
     """Why a `.tflite` cannot hold such a matrix exactly, or None where it can."""
+    if spec.outliers:
+        return f"a FULLY_CONNECTED has no columns at 16 bit beside its codes: choose {replace(spec, outliers=0).name}"
     if spec.super_blocks or spec.codebook:
         return f"{spec.name} is a grid of GGUF alone: choose int4-b32 or int8-channel"
     if spec.offset != "none":

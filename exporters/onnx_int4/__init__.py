@@ -53,6 +53,10 @@ class Exporter:
     )
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
+        if spec.outliers and role == "embedding":
+            return (
+                "GatherBlockQuantized reads no columns at 16 bit beside the codes of a table: choose a grid without -o"
+            )
         return packing.refusal(spec)
 
     def export(
@@ -90,7 +94,9 @@ class Exporter:
 
 def _one_grid(quantized: Mapping[str, QuantizedTensor], names: tuple[str, ...]) -> bool:
     """Whether these matrices can be one: all packed, on one grid."""
-    return all(name in quantized for name in names) and len({quantized[name].spec for name in names}) == 1
+    parts = [quantized[name] for name in names if name in quantized]
+    kept = {None if part.outliers is None else tuple(part.outliers.columns) for part in parts}
+    return len(parts) == len(names) and len({part.spec for part in parts}) == len(kept) == 1
 
 
 def _packed(model: QuantizedModel, stacks: Mapping[str, tuple[str, ...]]) -> dict[str, QuantizedTensor]:

@@ -22,7 +22,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from exporters.onnx_int4 import packing
 from exporters.onnx_int4.packing import Packed
 from lilliput.errors import ArtifactError
-from lilliput.grid import Float, GridSpec, QuantizedTensor, grid
+from lilliput.grid import Float, GridSpec, Outliers, QuantizedTensor, grid
 from lilliput.model import DecoderConfig
 
 PROTOBUF_LIMIT_BYTES = 2 * 10**9
@@ -119,7 +119,11 @@ class _Reader:
         if codes not in self.nodes:
             raise ArtifactError(f"{self.path}: no node of the graph reads {codes!r}")
         bits, block_size = self.nodes[codes]
-        zero_points = f"{stack}.zero_points"
+        zero_points, columns = f"{stack}.zero_points", f"{stack}.columns"
+        kept = None
+        if columns in self.initializers:
+            values = np.asarray(self._array(f"{stack}.values"), np.float32)[rows]
+            kept = Outliers(np.asarray(self._array(columns), np.int64), values)
         packed = Packed(
             bits,
             block_size,
@@ -127,6 +131,7 @@ class _Reader:
             np.asarray(self._array(codes), np.uint8)[rows],
             np.asarray(self._array(f"{stack}.scales"), np.float32)[rows],
             np.asarray(self._array(zero_points), np.uint8)[rows] if zero_points in self.initializers else None,
+            kept,
         )
         return packing.unpack(packed, spec, name)
 

@@ -34,7 +34,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporters.onnx_int4.fusion import Fused
 from exporters.onnx_int4.packing import Packed
-from lilliput.grid import Float
+from lilliput.grid import Float, Outliers
 from lilliput.model import DecoderConfig, Node
 
 OPSET = 21  # the newest that onnxruntime-genai 0.18 and optimum's checks both read
@@ -131,6 +131,16 @@ def _linear(b: Builder, node: Node, out: str) -> None:
     if weight in b.parameters.floats:
         _float_linear(b, [x, b.float(weight)], bias, out)
         return
+    kept = b.parameters.packed[weight].outliers
+    if kept is None:
+        _codes_linear(b, x, weight, bias, out)
+        return
+    rest, product = _outliers(b, x, weight, kept, out)
+    _codes_linear(b, rest, weight, bias, f"{out}.codes")
+    b.add("Add", [f"{out}.codes", product], [out])
+
+
+def _codes_linear(b: Builder, x: str, weight: str, bias: list[str], out: str) -> None:
     packed, operands = b.matrix(weight)
     if b.exact and packed.bits == 8:
         _float_linear(b, [x, _dequantize(b, weight, packed, operands)], bias, out)
@@ -140,6 +150,21 @@ def _linear(b: Builder, node: Node, out: str) -> None:
         inputs += [""] * (5 - len(inputs)) + bias
     attributes = {"K": packed.cols, "N": packed.rows, "bits": packed.bits, "block_size": packed.block_size}
     b.add("MatMulNBits", inputs, [out], MICROSOFT, accuracy_level=b.accuracy_level, **attributes)
+
+
+def _outliers(b: Builder, x: str, weight: str, kept: Outliers, out: str) -> tuple[str, str]:
+    """x with 0 in the columns that are kept at 16 bit, and the product of those columns alone.
+
+    An outlier that stayed in x would set the 8-bit scale of its block.
+    """
+    mask = np.ones(b.parameters.packed[weight].cols, np.float32)
+    mask[kept.columns] = 0
+    rest = b.add("Mul", [x, b.constant(f"{weight}.rest", mask)], [f"{out}.rest"])
+    gathered = b.add("Gather", [x, b.constant(f"{weight}.columns", kept.columns)], [f"{out}.gathered"], axis=-1)
+    stored, values = f"{weight}.values", f"/{weight}.values"
+    if stored not in b.initializers:
+        b.add("Cast", [b.constant(stored, kept.values.astype(np.float16))], [values], to=FLOAT)
+    return rest, b.add("FusedMatMul", [gathered, values], [f"{out}.outliers"], MICROSOFT, transB=1)
 
 
 def _float_linear(b: Builder, inputs: list[str], bias: list[str], out: str) -> None:

@@ -13,6 +13,9 @@ The format knows no per-channel scales: a row of a per-channel grid is stored as
 scale, the same numbers exactly, and `unpack` puts the row together again. Blocks of 512 are refused: ONNX
 Runtime computes them wrongly (microsoft/onnxruntime issue 28551).
 
+Columns at 16 bit (lilliput.grid, outliers) are two initializers of their own, `columns` (k,) int64 and `values`
+(rows, k) float16; their codes stand for 0.
+
 Sources: onnxruntime/core/graph/contrib_ops/contrib_defs.cc (MatMulNBits, GatherBlockQuantized), ORT 1.31.
 """
 
@@ -25,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lilliput.errors import ExportError
-from lilliput.grid import Float, GridSpec, QuantizedTensor
+from lilliput.grid import Float, GridSpec, Outliers, QuantizedTensor
 
 Bytes = npt.NDArray[np.uint8]
 Stored = TypeVar("Stored", Float, Bytes)
@@ -45,6 +48,7 @@ class Packed:
     codes: Bytes  # (rows, n_blocks, block_size * bits / 8)
     scales: Float  # (rows, n_blocks)
     zero_points: Bytes | None  # (rows, ceil(n_blocks * bits / 8))
+    outliers: Outliers | None = None
 
     @property
     def rows(self) -> int:
@@ -112,7 +116,7 @@ def pack(tensor: QuantizedTensor) -> Packed:
         padding, zero_points = spread[:, -1:], pack_bits(spread, spec.bits)
     padded = np.concatenate([unsigned, np.repeat(padding, n_blocks * block_size - cols, axis=1)], axis=1)
     codes = pack_bits(padded.reshape(rows, n_blocks, block_size), spec.bits)
-    return Packed(spec.bits, block_size, cols, codes, scales, zero_points)
+    return Packed(spec.bits, block_size, cols, codes, scales, zero_points, tensor.outliers)
 
 
 def unpack(packed: Packed, spec: GridSpec, name: str) -> QuantizedTensor:
@@ -125,9 +129,10 @@ def unpack(packed: Packed, spec: GridSpec, name: str) -> QuantizedTensor:
     scales = _gather(packed.scales, spec, name)
     if packed.zero_points is None:
         signed = (unsigned.astype(np.int16) - (1 << (spec.bits - 1))).astype(np.int8)
-        return QuantizedTensor(spec, signed, scales)
+        return QuantizedTensor(spec, signed, scales, outliers=packed.outliers)
     zero_points = unpack_bits(packed.zero_points, spec.bits, packed.scales.shape[1])
-    return QuantizedTensor(spec, np.ascontiguousarray(unsigned), scales, _gather(zero_points, spec, name))
+    offsets = _gather(zero_points, spec, name)
+    return QuantizedTensor(spec, np.ascontiguousarray(unsigned), scales, offsets, outliers=packed.outliers)
 
 
 def _gather(stored: Stored, spec: GridSpec, name: str) -> Stored:

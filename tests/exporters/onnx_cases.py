@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lilliput.grid import Float, QuantizedTensor, grid, round_scale
+from lilliput.grid import Float, Outliers, QuantizedTensor, grid, round_scale
 
 GRIDS = (
     "int4-b32", "int4-b64", "int4-b128", "int4-b16", "int4-channel", "int4-b32-zp-f16", "int4-b64-zp",
@@ -25,6 +25,10 @@ def random_tensor(name: str, rows: int, cols: int) -> QuantizedTensor:
 def quantize(weight: Float, name: str) -> QuantizedTensor:
     """Round to nearest on any grid without minima: max-abs scales, or the range with zero points."""
     spec, (rows, cols) = grid(name), weight.shape
+    columns = np.arange(spec.outliers) * 7
+    outliers = Outliers(columns, round_scale(weight[:, columns], "float16")) if spec.outliers else None
+    weight = weight.copy()
+    weight[:, columns] = 0
     width, n_blocks = spec.width(cols), spec.blocks(cols)
     padded = np.zeros((rows, n_blocks * width), np.float32)
     padded[:, :cols] = weight
@@ -35,4 +39,5 @@ def quantize(weight: Float, name: str) -> QuantizedTensor:
     zeros = np.zeros_like(scales) if spec.symmetric else np.clip(np.rint(-low / scales), 0, spec.qmax)
     codes = np.clip(np.rint(blocks / scales[..., None]) + zeros[..., None], spec.qmin, spec.qmax)
     packed = np.ascontiguousarray(codes.reshape(rows, -1)[:, :cols]).astype(spec.code_dtype)
-    return QuantizedTensor(spec, packed, scales, None if spec.symmetric else zeros.astype(np.uint8))
+    offsets = None if spec.symmetric else zeros.astype(np.uint8)
+    return QuantizedTensor(spec, packed, scales, offsets, outliers=outliers)

@@ -32,6 +32,8 @@ RULES: Mapping[str, Mapping[str, str]] = {
     "large blocks": {"linear": "int4-b128", "embedding": "int8-b32", "head": "int8-b32"},
     "eight bit": {"linear": "int8-channel", "embedding": "int4-b64", "head": "int8-channel-zp-f32"},
     "float": {"linear": "int4-b32", "embedding": "float", "head": "float"},
+    "16-bit columns": {"linear": "int4-b32-o3", "embedding": "int8-channel", "head": "int8-channel"},
+    "16-bit and zero points": {"linear": "int8-b32-zp-f16-o1", "embedding": "int4-b64", "head": "int8-b32-o2"},
     "float linears": {"linear": "float", "embedding": "int8-channel", "head": "int8-channel"},
 }  # fmt: skip
 MODELS = (("llama", True), ("llama", False), ("gpt2", True))
