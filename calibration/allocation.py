@@ -37,6 +37,7 @@ from lilliput.results import Record
 
 LAYERS = 3  # of the model, whose matrices tell what the solver gains over RTN
 ROWS = 512  # of such a matrix
+TINY = 1e-6  # the least ratio
 GPTQ = Plugin(name="gptq")
 
 Refuses = Callable[[GridSpec, Role, tuple[int, int]], str | None]  # an exporter's
@@ -141,7 +142,7 @@ def prices(
             Price(
                 grid=g,
                 size_bytes=round(rows * cols * grid(g).bits_per_weight(cols) / 8),
-                loss=_rounded(weight, g, found, curvature) * gains[kind_of(name), g],
+                loss=_rounded(weight, g, found, curvature) * gains.get((kind_of(name), g), 1.0),
             )
             for g in held[name]
         )
@@ -186,15 +187,16 @@ def _gains(
         rows = slice(None, None, max(1, len(whole) // ROWS))
         weight, part = np.ascontiguousarray(whole[rows]), Curvature(curvature.moments, curvature.shares[rows].copy())
         return name, {
-            g: part.loss(weight, solves.solve(weight, grid(g), found, options)) / _rounded(weight, g, found, part)
+            g: part.loss(weight, solves.solve(weight, grid(g), found, options)) / rounded
             for g in held[name]
+            if (rounded := _rounded(weight, g, found, part))  # 0 where the source's weights lie on the grid
         }
 
     ratios: dict[tuple[str, str], list[float]] = {}
     for name, found in in_parallel(one, names):
         for g, ratio in found.items():
             ratios.setdefault((kind_of(name), g), []).append(ratio)
-    return {key: float(np.exp(np.mean(np.log(values)))) for key, values in ratios.items()}
+    return {key: float(np.exp(np.mean(np.log(np.maximum(values, TINY))))) for key, values in ratios.items()}
 
 
 def blank(source: SourceModel, rules: Sequence[Rule], statistics: Statistics) -> QuantizedModel:

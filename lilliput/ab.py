@@ -30,7 +30,8 @@ from lilliput.run import PlannedStage, Watcher
 from lilliput.store import Store, default_root
 
 Finding = Literal["A is better", "B is better", "the noise is too large", "the same"]
-NEEDED = ("source", "evaluation", "samples", "coverage", "reference", "statistics", "quantize", "dequantized")
+FIRST = ("source", "evaluation", "samples", "coverage", "reference", "statistics")
+NEEDED = (*FIRST, "sensitivity", "price", "allocate", "quantize", "dequantized")
 
 
 class Pair(Record):

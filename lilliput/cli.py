@@ -167,6 +167,37 @@ def ab(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a ready recipe's name.")],
+    model: Annotated[str | None, typer.Option(help="Another model: a folder, a .gguf file, a hub id.")] = None,
+    bits: Annotated[str, typer.Option(help="Widths, falling.")] = "8,6,5,4,3,2",
+    solver: Annotated[str, typer.Option(help="What chooses the codes (lilliput list solvers).")] = "gptq",
+    block: Annotated[int, typer.Option(min=2, help="Columns in a block.")] = 32,
+    chunks: Annotated[int, typer.Option(min=1, help="Evaluation chunks.")] = 4,
+    suspects: Annotated[int, typer.Option(min=1, help="Matrices to confirm by measurement.")] = 5,
+    limit: Annotated[float, typer.Option(help="Top-1 agreement below which a width has collapsed.")] = 0.7,
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Find the number of bits at which a model collapses, and the matrices that do it."""
+    from lilliput import sweep as sweeps
+    from lilliput import terminal
+    from lilliput.recipe import load
+    from lilliput.terminal_progress import Countdown, StageDisplay
+
+    options = sweeps.Options(sweeps.widths(bits), block, solver, chunks, suspects, limit)
+    graph, planned = sweeps.planned(sweeps.recipe_of(load(recipe, settings), options, model))
+    with StageDisplay(planned) as watcher:
+        measured = sweeps.prepare(graph, options, watcher)
+    with Countdown("sweep") as progress:
+        found = sweeps.sweep(measured, progress)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        terminal.show_sweep(found)
+
+
+@app.command()
 def chat(
     artifact_dir: Annotated[Path, typer.Argument(help="A target's folder: DIR/<target> of `run --out DIR`.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this and stop. Without it: a conversation.")] = None,

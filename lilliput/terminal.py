@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from math import exp
 from pathlib import Path
 
 from rich import box
@@ -26,11 +27,13 @@ from lilliput.report import Report
 from lilliput.report_table import COLUMNS, cells, headline, reasons
 from lilliput.results import TargetResult, Verdict
 from lilliput.run import Plan
+from lilliput.sweep import Sweep
 
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 CHECK_COLOURS = {"ok": "green", "warning": "yellow", "missing": "bold red"}
 GIB = 2**30
+SUSPECTS = 10  # matrices of a sweep that are listed
 
 
 def console() -> Console:
@@ -211,6 +214,39 @@ def show_ab(found: AB) -> None:
     out.print(where, markup=False, soft_wrap=True)
     if any(pair.finding == "the noise is too large" for pair in found.pairs):
         out.print("to tell more, evaluate more: --set evaluation.count=…", markup=False, soft_wrap=True)
+
+
+def show_sweep(found: Sweep) -> None:
+    """A row a width; where the cliff is; the matrices that cost most there."""
+    out = console()
+    made = table("bits", "mean KLD", "× a bit", "top-1", "predicted KLD")
+    for width in found.widths:
+        factor = figures.number(exp(width.step)) if width.step is not None else figures.NONE
+        klds = figures.number(width.mean_kld), factor, figures.percent(width.top1_agreement)
+        made.add_row(str(width.bits), *klds, figures.number(width.predicted_kld))
+    out.print(made)
+    out.print(cliff_line(found), markup=False, soft_wrap=True)
+    suspects = table("matrix", "predicted KLD", "measured cost")
+    for suspect in found.suspects[:SUSPECTS]:
+        suspects.add_row(suspect.name, figures.number(suspect.predicted), figures.signed(suspect.costs))
+    out.print(suspects)
+    confirmed = sum(suspect.costs is not None for suspect in found.suspects)
+    whole = next(width.mean_kld for width in found.widths if width.bits == found.suspects_at)
+    out.print(
+        f"with {confirmed} of them kept at 8 bits the KLD is {figures.number(found.kept_kld)} instead of "
+        f"{figures.number(whole)}, on {found.tokens:,} scored tokens",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def cliff_line(found: Sweep) -> str:
+    """Where the model collapses, in a sentence."""
+    steepest = f"; the KLD grows most from {found.steepest[0]} to {found.steepest[1]} bits" if found.steepest else ""
+    limit = figures.percent(found.limit)
+    if found.cliff is None:
+        return f"{found.model}: no cliff, top-1 agreement stays at {limit} or above{steepest}"
+    return f"{found.model} collapses at {found.cliff} bits: top-1 agreement below {limit}{steepest}"
 
 
 def talk(conversation: Conversation, prompt: str | None) -> None:
