@@ -1,1 +1,1 @@
-"""Comparisons with peers, one command each: `python -m benchmarks`, `python -m benchmarks.llama_quality`."""
+"""Comparisons with peers, one command each: `python -m benchmarks`, `python -m benchmarks.quality`."""

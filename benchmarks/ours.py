@@ -15,7 +15,7 @@ from calibration.statistics import Statistics
 from lilliput import graph, pipeline, planning
 from lilliput import recipe as recipes
 from lilliput.model import SourceModel
-from lilliput.recipe_schema import Recipe
+from lilliput.recipe_schema import Budget, Recipe, Target
 from lilliput.store import Store, default_root
 
 RECIPE = Path(__file__).with_name("quality.yaml")
@@ -56,9 +56,20 @@ class Ours:
         built = self._build(self._recipe.model_copy(update={"evaluation": wanted}))
         return Judge(text, self._work.folder(built.evaluation), self._work.folder(built.reference))
 
-    def artifacts(self, prefix: str) -> dict[str, Path]:
-        """The main files of the targets whose names start so, by the targets' names."""
+    def uniform(self, prefix: str) -> tuple[str, ...]:
+        """Targets whose names start so and that have rules."""
+        return tuple(t.name for t in self._targets(prefix) if not isinstance(self._recipe.quantize_of(t), Budget))
+
+    def mixed(self, prefix: str) -> tuple[str, ...]:
+        """Targets whose names start so and that have a budget."""
+        return tuple(t.name for t in self._targets(prefix) if isinstance(self._recipe.quantize_of(t), Budget))
+
+    def _targets(self, prefix: str) -> tuple[Target, ...]:
+        return tuple(target for target in self._recipe.targets if target.name.startswith(prefix))
+
+    def file(self, target: str) -> Path:
+        """The main file of a target."""
         from lilliput.stages.export import open_artifact
 
-        found = [stages for stages in self._graph.targets if stages.target.name.startswith(prefix)]
-        return {stages.target.name: open_artifact(self._work.folder(stages.export)).path for stages in found}
+        found = next(stages for stages in self._graph.targets if stages.target.name == target)
+        return open_artifact(self._work.folder(found.export)).path

@@ -52,13 +52,29 @@ class Limit(Record):
     share: float | None = None
 
 
+ORT = ("DEFAULT", "RTN", "HQQ", "k_quant")
 LIMITS = (
     Limit(part="gguf", subject="gguf-int4", peers=("Q4_0",), most=0.075),
-    Limit(part="onnx", subject="onnx-int4", peers=("DEFAULT", "RTN", "HQQ", "k_quant"), share=0.5),
-    Limit(part="onnx", subject="onnx-int4-zero-points", peers=("DEFAULT", "RTN", "HQQ", "k_quant"), share=0.5),
+    Limit(part="gguf", subject="gguf-at-Q4_0", peers=("Q4_0",), most=0.075),
+    Limit(part="gguf", subject="gguf-at-Q4_K_M", peers=("Q4_K_M",), most=0.018),
+    Limit(part="gguf", subject="gguf-at-Q3_K_M", peers=("Q3_K_M-imatrix",), share=0.6),
+    Limit(part="gguf", subject="gguf-at-Q2_K", peers=("Q2_K-imatrix",), share=0.6),
+    Limit(part="gguf", subject="gguf-at-Q4_0", peers=("gguf-int4",), share=0.8),
+    Limit(part="onnx", subject="onnx-int4", peers=ORT, share=0.5),
+    Limit(part="onnx", subject="onnx-int4-zero-points", peers=ORT, share=0.5),
+    Limit(part="onnx", subject="onnx-at-int4", peers=("onnx-int4",), share=0.8),
     Limit(part="litert", subject="litert-int8", peers=("int8-",), share=0.6),
     Limit(part="litert", subject="litert-int4", peers=("int4-",), share=0.6),
+    Limit(part="litert", subject="litert-at-int4", peers=("litert-int4",), share=0.8),
 )
+BUDGETS = {  # what a target may weigh: the least of these files
+    "gguf-at-Q4_0": ("Q4_0", "gguf-int4"),
+    "gguf-at-Q4_K_M": ("Q4_K_M",),
+    "gguf-at-Q3_K_M": ("Q3_K_M",),
+    "gguf-at-Q2_K": ("Q2_K",),
+    "onnx-at-int4": ("onnx-int4",),
+    "litert-at-int4": ("litert-int4",),
+}
 
 
 class Row(Record):
@@ -118,19 +134,35 @@ def _say(line: str) -> None:
 
 def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int) -> Quality:
     """Make what is not there, score what is not scored."""
-    ours, folder = Ours(), out / "peers"
+    folder, ours = out / "peers", Ours()
     folder.mkdir(parents=True, exist_ok=True)
-    subjects, refused = [], {}
+    subjects: dict[Part, list[Subject]] = {}
+    refused = {}
     for part in parts:
+        subjects[part] = []
         for name in PEERS[part]:
             made = peers.ensure(name, folder, _say)
-            subjects += [(part, subject) for subject in theirs(part, made)]
+            subjects[part] += theirs(part, made)
             refused |= failures(made)
-        _say(f"making our files for {part}")
-        subjects += [(part, subject(part, "ours", n, path)) for n, path in ours.artifacts(f"{part}-").items()]
+        subjects[part] += [_ours(ours, part, name) for name in ours.uniform(f"{part}-")]
+    weighed = Ours(budgets([subject for found in subjects.values() for subject in found]))
+    for part in parts:
+        subjects[part] += [_ours(weighed, part, name) for name in weighed.mixed(f"{part}-")]
     judges = [ours.judge(text, chunks) for text in EVALUATION_TEXTS]
-    rows = score(subjects, judges, out / "scores", workers)
+    rows = score([(part, one) for part in parts for one in subjects[part]], judges, out / "scores", workers)
     return Quality(rows=rows, ratios=ratios(rows, LIMITS), refused=refused, chunks=chunks)
+
+
+def _ours(ours: Ours, part: Part, target: str) -> Subject:
+    _say(f"making {target}")
+    return subject(part, "ours", target, ours.file(target))
+
+
+def budgets(subjects: Sequence[Subject]) -> list[str]:
+    """Overrides of the recipe: every budget by the bytes of the files that are there."""
+    size_bytes = {one.name: one.size_bytes for one in subjects}
+    found = {target: [size_bytes[n] for n in names if n in size_bytes] for target, names in BUDGETS.items()}
+    return [f"targets.{target}.quantize.budget_mb={min(sizes) / 1e6}" for target, sizes in found.items() if sizes]
 
 
 def subject(part: Part, maker: Literal["ours", "peer"], name: str, path: Path) -> Subject:

@@ -157,8 +157,10 @@ def test_a_whole_run_on_a_tiny_model(
     monkeypatch.setattr(quality, "Ours", lambda: Ours(small))
     found = quality.measure(quality.PARTS, tmp_path, chunks=2, workers=1)
     assert {r.file for r in found.rows if r.maker == "ours"} == {
-        "gguf-int4", "onnx-int4", "onnx-int4-zero-points", "litert-int8", "litert-int4"
+        "gguf-int4", "onnx-int4", "onnx-int4-zero-points", "litert-int8", "litert-int4", *quality.BUDGETS
     }  # fmt: skip
+    bytes_of = {r.file: r.size_bytes for r in found.rows}
+    assert all(bytes_of[target] <= bytes_of[name] for target, names in quality.BUDGETS.items() for name in names)
     assert len([r for r in found.rows if r.part == "gguf" and r.maker == "peer"]) == 8
     assert {len(r.accuracy) for r in found.rows} == {2}
     assert all(0 < r.accuracy["builtin"].mean_kld < 1 for r in found.rows)
