@@ -62,6 +62,7 @@ LIMITS = (
     Limit(part="gguf", subject="gguf-at-Q4_0", peers=("gguf-int4",), share=0.8),
     Limit(part="onnx", subject="onnx-int4", peers=ORT, share=0.5),
     Limit(part="onnx", subject="onnx-int4-zero-points", peers=ORT, share=0.5),
+    Limit(part="onnx", subject="onnx-at-RTN", peers=ORT, share=0.5),
     Limit(part="onnx", subject="onnx-at-int4", peers=("onnx-int4",), share=0.8),
     Limit(part="litert", subject="litert-int8", peers=("int8-",), share=0.6),
     Limit(part="litert", subject="litert-int4", peers=("int4-",), share=0.6),
@@ -72,6 +73,7 @@ BUDGETS = {  # what a target may weigh: the least of these files
     "gguf-at-Q4_K_M": ("Q4_K_M",),
     "gguf-at-Q3_K_M": ("Q3_K_M",),
     "gguf-at-Q2_K": ("Q2_K",),
+    "onnx-at-RTN": ("RTN-symmetric", "DEFAULT-symmetric"),
     "onnx-at-int4": ("onnx-int4",),
     "litert-at-int4": ("litert-int4",),
 }

@@ -154,7 +154,7 @@ def test_a_whole_run_on_a_tiny_model(
         "litert_gptq": lambda folder: peer_aeq.make(source, [[1] * peer_aeq.PREFILL], ("GPTQ",), folder),
     }
     monkeypatch.setattr(peers, "ensure", lambda name, folder, say: kept.keep(folder / name, {}, makers[name]))
-    monkeypatch.setattr(quality, "Ours", lambda: Ours(small))
+    monkeypatch.setattr(quality, "Ours", lambda overrides=(): Ours([*small, *overrides]))
     found = quality.measure(quality.PARTS, tmp_path, chunks=2, workers=1)
     assert {r.file for r in found.rows if r.maker == "ours"} == {
         "gguf-int4", "onnx-int4", "onnx-int4-zero-points", "litert-int8", "litert-int4", *quality.BUDGETS
