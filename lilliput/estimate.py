@@ -30,6 +30,7 @@ STATISTICS_S = 0.019  # per token: the forward pass and its second moments
 SOLVE_S = 250.0  # once: GPTQ
 SENSITIVITY_S = 0.065  # per token: forward twice, back, and the weighted second moments
 PRICE_S = 40.0  # per grid: rounding to nearest, and the predicted loss
+TRAIN_S = 0.045  # per trained token: forward and backward
 EXPORT_S = 8.0  # once: packing, writing, reading back
 DECODE_S = 0.055  # per decoded token on a runtime
 SPEED_TOKENS = 600  # decoded to measure speed
@@ -68,6 +69,7 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "reference": forward,
         "dequantized": forward,
         "quantize": SOLVE_S * billions,
+        "recover": _training_s(recipe, billions),
         "export": EXPORT_S * billions + TRACE_S,
         # half of the text on the shipped file, one chunk on the exact twin at a third of the speed, then speed itself
         "validate": EXPORT_S * billions + DECODE_S * billions * decoded + 3 * TOKENIZE_S,
@@ -80,6 +82,7 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "reference": logits,
         "dequantized": logits,
         "quantize": weights // 3,
+        "recover": 4 * weights,  # its checkpoint: positions and two moments, and the codes
         "export": 2 * weights // 4,  # in the store and in --out
         "validate": weights + weights // 4,  # the exact twin, while it is measured
     }
@@ -93,6 +96,14 @@ def _grids(recipe: Recipe) -> int:
     """How many grids budgets choose from, at most."""
     budgets = [found for target in recipe.targets if isinstance(found := recipe.quantize_of(target), Budget)]
     return sum(len(budget.grids) if budget.grids else GRIDS for budget in budgets)
+
+
+def _training_s(recipe: Recipe, billions: float) -> float:
+    """The longest training of a target."""
+    tokens = recipe.calibration.length
+    wanted = [recover for target in recipe.targets if (recover := recipe.recover_of(target))]
+    times = [(TRAIN_S * billions * r.steps * r.batch * tokens, 60 * (r.minutes or float("inf"))) for r in wanted]
+    return max((min(time) for time in times), default=0.0)
 
 
 def artifact_bytes(assigned: Mapping[str, Rule], config: DecoderConfig) -> int:

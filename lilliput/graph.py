@@ -10,7 +10,8 @@ each of them then gets rules of its own:
 
     samples ── sensitivity ── price ── allocate ── quantize
 
-A second target with the same rules adds one export and one validate. A key is made of the stage's code
+`recover`, where a recipe asks for it, trains what `quantize` solved, on the samples, and takes its place. A second
+target with the same rules adds one export and one validate. A key is made of the stage's code
 (lilliput.fingerprint), its options and the keys of what it reads: so it is known before any work.
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from lilliput import registry
 from lilliput.fingerprint import fingerprint
 from lilliput.progress import Progress
-from lilliput.recipe_schema import FLOAT, Budget, Plugin, Recipe, Rule, Target
+from lilliput.recipe_schema import FLOAT, Budget, Plugin, Recipe, Recover, Rule, Target
 from lilliput.run import StageKind
 from lilliput.stages import (
     allocate,
@@ -35,6 +36,7 @@ from lilliput.stages import (
     export,
     price,
     quantize,
+    recover,
     reference,
     samples,
     sensitivity,
@@ -98,6 +100,12 @@ class Solution:
     quantize: Stage
     dequantized: Stage
     allocate: Stage | None = None
+    recover: Stage | None = None  # None: no training after the solve
+
+    @property
+    def shipped(self) -> Stage:
+        """The stage whose codes land in the files."""
+        return self.recover or self.quantize
 
     def found(self, at: At) -> tuple[Rule, ...]:
         """The rules, once the stages are done."""
@@ -135,7 +143,7 @@ class Graph:
         first = [self.source, self.evaluation, self.samples, self.coverage, self.trace, self.reference]
         first.append(self.statistics)
         solutions = [t.solution for t in self.targets]
-        solved = [stage for s in solutions for stage in (s.allocate, s.quantize, s.dequantized)]
+        solved = [stage for s in solutions for stage in (s.allocate, s.quantize, s.recover, s.dequantized)]
         made = [s for t in self.targets for s in (t.export, t.validate)]
         return tuple(dict.fromkeys(s for s in [*first, *self.priced, *solved, *made] if s is not None))
 
@@ -145,9 +153,10 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
     loaded = _source(recipe, source_sha256)
     evaluated = _evaluation(recipe, loaded)
     needs = any(_uses_statistics(recipe.quantize_of(target)) for target in recipe.targets)
-    sampled = _samples(recipe, loaded) if needs else None
+    trains = any(recipe.recover_of(target) for target in recipe.targets)
+    sampled = _samples(recipe, loaded) if needs or trains else None
     covered = _coverage(loaded, sampled, evaluated) if sampled else None
-    gathered = _statistics(loaded, sampled) if sampled else None
+    gathered = _statistics(loaded, sampled) if sampled and needs else None
     traced = _trace(recipe, loaded)
     held = Stage(
         "reference", "", (loaded, evaluated), (), {},
@@ -158,13 +167,13 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
     solutions: dict[tuple[str, ...], Solution] = {}
     stages = []
     for target in recipe.targets:
-        rules = recipe.quantize_of(target)
+        rules, wanted = recipe.quantize_of(target), recipe.recover_of(target)
         if isinstance(rules, Budget):
             solution = _mixed(recipe, target, rules, first, priced[_text(rules.solver)])
         else:
-            text = tuple(rule.model_dump_json() for rule in rules)
+            text = (*(rule.model_dump_json() for rule in rules), wanted.model_dump_json() if wanted else "")
             label = _label(rules, [s.quantize.subject for s in solutions.values()])
-            solution = solutions.setdefault(text, solutions.get(text) or _solution(recipe, rules, label, first))
+            solution = solutions.setdefault(text, solutions.get(text) or _solution(recipe, rules, wanted, label, first))
         stages.append(_target(target, solution, first, host))
     both = tuple(dict.fromkeys(stage for price in priced.values() for stage in (price.sensitivity, price.price)))
     return Graph(recipe, loaded, evaluated, sampled, covered, gathered, both, traced, held, tuple(stages))
@@ -277,10 +286,12 @@ def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced:
             at(priced.sensitivity),
         ),
     )  # fmt: skip
-    return Solution(budget, solved, _dequantized(target.name, solved, first), allocated)
+    return _finished(budget, target.name, solved, recipe.recover_of(target), first, allocated)
 
 
-def _solution(recipe: Recipe, rules: tuple[Rule, ...], label: str, first: First) -> Solution:
+def _solution(
+    recipe: Recipe, rules: tuple[Rule, ...], wanted: Recover | None, label: str, first: First
+) -> Solution:  # fmt: skip
     loaded, used = first.source, first.statistics if _uses_statistics(rules) else None
     solvers = {registry.module_name("solvers", rule.solver.name) for rule in rules if rule.grid != FLOAT}
     solvers |= {registry.module_name("transforms", t.name) for rule in rules for t in rule.transforms}
@@ -291,7 +302,25 @@ def _solution(recipe: Recipe, rules: tuple[Rule, ...], label: str, first: First)
             at(loaded), at(used) if used else None, rules, recipe.model.name, folder, progress
         ),
     )  # fmt: skip
-    return Solution(rules, solved, _dequantized(label, solved, first))
+    return _finished(rules, label, solved, wanted, first)
+
+
+def _finished(
+    rules: tuple[Rule, ...] | Budget, label: str, solved: Stage, wanted: Recover | None, first: First,
+    allocated: Stage | None = None,
+) -> Solution:  # fmt: skip
+    """What follows a solve: training, where it is wanted, and the logits of what ships."""
+    trained = _recover(wanted, label, solved, first) if wanted else None
+    return Solution(rules, solved, _dequantized(label, trained or solved, first), allocated, trained)
+
+
+def _recover(wanted: Recover, label: str, solved: Stage, first: First) -> Stage:
+    loaded, sampled = first.source, first.samples
+    assert sampled is not None
+    return Stage(
+        "recover", label, (loaded, solved, sampled), (), {"recover": wanted.model_dump()},
+        lambda at, folder, progress: recover.work(at(loaded), at(solved), at(sampled), wanted, folder, progress),
+    )  # fmt: skip
 
 
 def _dequantized(label: str, solved: Stage, first: First) -> Stage:
@@ -303,7 +332,7 @@ def _dequantized(label: str, solved: Stage, first: First) -> Stage:
 
 
 def _target(target: Target, solution: Solution, first: First, host: str) -> TargetStages:
-    solved, traced = solution.quantize, first.trace
+    solved, traced = solution.shipped, first.trace
     exporter = registry.module_name("exporters", target.exporter.name)
     limit = solution.rules.limit_bytes if isinstance(solution.rules, Budget) else None
     exported = Stage(

@@ -25,7 +25,7 @@ from lilliput.recipe_schema import Budget, Recipe
 from lilliput.report import Report, StageTime, StepLoss, TensorClass
 from lilliput.results import Host, TargetResult, worst
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Quiet, Run, Watcher
-from lilliput.stages import allocate, coverage
+from lilliput.stages import allocate, coverage, recover
 from lilliput.stages import export as exporting
 from lilliput.stages import validate as validation
 from lilliput.store import Store, default_root, publish
@@ -140,9 +140,15 @@ def _report(plan: Plan, graph: Graph, work: Work) -> Report:
             if stages.solution.allocate
         ),
         stages=tuple(work.times),
-        notes=(*facts.proofs(source), *(covered.warnings if covered else ())),
+        notes=(*facts.proofs(source), *(covered.warnings if covered else ()), *_recoveries(graph, work)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _recoveries(graph: Graph, work: Work) -> list[str]:
+    """What each training after the solve cost and bought."""
+    stages = dict.fromkeys(t.solution.recover for t in graph.targets)
+    return [recover.note(work.folder(stage), stage.subject) for stage in stages if stage is not None]
 
 
 def _host(recipe: Recipe) -> Host:

@@ -28,6 +28,7 @@ from lilliput.recipe_schema import (
     ModelSpec,
     Plugin,
     Recipe,
+    Recover,
     Rule,
     SamplePart,
     Target,
@@ -57,6 +58,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "evaluation": Evaluation,
     "targets": Target,
     "quantize": Rule,
+    "recover": Recover,
     "gates": Gate,
 }
 Path_ = tuple[str | int, ...]

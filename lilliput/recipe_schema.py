@@ -9,6 +9,7 @@
     quantize:                                    # first match wins; a matrix that matches no rule is an error
       - {match: "layers.*", grid: int4-b32, solver: gptq}
       - {match: "embedding", grid: int8-channel, solver: rtn}
+    recover: {method: qat, minutes: 30}          # training on those grids; left out: none
     evaluation: {text: builtin, count: 8, length: 512}
     targets:
       - {name: onnx, exporter: onnx_int4, runtime: ort_cpu, device: host}
@@ -229,6 +230,27 @@ def _split(chain: Sequence[object]) -> dict[str, object]:
     return {"transforms": tuple(chain[:-1]), "solver": chain[-1]}
 
 
+class Recover(Strict):
+    """Training after the solve, on the same grids, from the samples that calibration used.
+
+    Rates are of Adam: `learning_rate` in steps of the grid, `scale_learning_rate` relative to a scale.
+    """
+
+    method: Literal["qat"] = "qat"
+    steps: int = Field(default=600, ge=1)
+    minutes: float | None = Field(default=None, gt=0)  # ends the training where that is sooner
+    match: str = Field(default="layers.*", min_length=1)  # the matrices that are trained
+    learning_rate: float = Field(default=0.005, ge=0)
+    scale_learning_rate: float = Field(default=0.001, ge=0)
+    float_learning_rate: float = Field(default=0.001, ge=0)  # of norms and biases
+    batch: int = Field(default=4, ge=1)  # sequences a step
+    micro_batch: int = Field(default=2, ge=1)  # sequences at a time
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = Field(default="cpu", min_length=1)
+    seed: int = Field(default=0, ge=0)
+
+
 def _rules(value: object) -> object:
     """Expand the shorthand: one grid's name."""
     if not isinstance(value, str):
@@ -289,7 +311,7 @@ class Evaluation(Strict):
 
 
 class Target(Strict):
-    """One artifact and where it runs. Its own `quantize` replaces the recipe's; its own `gates` are added to them."""
+    """One artifact and where it runs. Its `quantize` and `recover` replace the recipe's; its `gates` are added."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     exporter: ExporterRef
@@ -297,6 +319,7 @@ class Target(Strict):
     device: DeviceRef = Plugin(name="host")
     threads: int | None = Field(default=None, ge=1)  # default: the device's physical cores
     quantize: Quantize | None = None
+    recover: Recover | None = None
     gates: Gates = ()
 
 
@@ -310,6 +333,7 @@ class Recipe(Strict):
     prefill: int = Field(default=128, ge=1)
     calibration: Calibration = Calibration()
     quantize: Quantize
+    recover: Recover | None = None
     evaluation: Evaluation = Evaluation()
     targets: Annotated[tuple[Target, ...], Field(min_length=1), BeforeValidator(_tuple)]
     gates: Gates = ()
@@ -328,6 +352,10 @@ class Recipe(Strict):
     def quantize_of(self, target: Target) -> tuple[Rule, ...] | Budget:
         """The quantization rules that hold for a target, or its budget."""
         return target.quantize or self.quantize
+
+    def recover_of(self, target: Target) -> Recover | None:
+        """The training after the solve: the target's own, or the recipe's."""
+        return target.recover or self.recover
 
     def gates_of(self, target: Target) -> tuple[Gate, ...]:
         """The recipe's gates and the target's own; its own limit replaces the recipe's on the same metric."""

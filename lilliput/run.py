@@ -27,6 +27,7 @@ StageKind = Literal[
     "price",
     "allocate",
     "quantize",
+    "recover",
     "dequantized",
     "export",
     "validate",

@@ -2,6 +2,7 @@
 
     <root>/<stage>/<key>/             the result, with ENTRY last of all: every file's size and sha256
     <root>/<stage>/<key>.<hex>.tmp/   a result that is being written
+    <root>/<stage>/<key>.unfinished/  checkpoints of a long one, which outlive a kill
     <root>/locks/<key>                held (flock) by the process that writes the key
 
 The key is the sha256 of stage, code, inputs' keys and options, so an entry never changes: it is there, whole, or it is
@@ -155,6 +156,12 @@ class Store:
                     listing.unlink()  # no entry any more, whatever is still there
                     shutil.rmtree(listing.parent, ignore_errors=True)
 
+        for folder in self.root.glob("*/*.unfinished"):
+            with suppress(OSError), (self.root / "locks" / folder.name.partition(".")[0]).open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if folder.stat().st_mtime < oldest:
+                    shutil.rmtree(folder, ignore_errors=True)
+
     def clean(self) -> None:
         """Remove what killed runs left: writing folders whose key nobody holds."""
         for folder in self.root.glob("*/*.tmp"):
@@ -195,6 +202,18 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+    """A folder that outlives a kill, for the checkpoints of a result that is being written into `folder`.
+
+    The next process that writes the same key finds it; it is removed when the result is there.
+    """
+    kept = folder.with_name(f"{folder.name.partition('.')[0]}.unfinished")
+    kept.mkdir(parents=True, exist_ok=True)
+    yield kept
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def publish(source: Path, destination: Path) -> None:

@@ -1,0 +1,291 @@
+"""QAT: train a solved model on its own grids, by distillation from the float model.
+
+Every matrix of the decoder's layers is fake-quantized (calibration.fake_quant): what the forward pass multiplies by
+is what ships. Norms and biases ship in float and are trained as they are; tables (embedding, head) and learned
+positions stay as they were solved. The loss is the divergence of the float model's next-token distribution
+(calibration.distillation) on the samples that calibration used.
+
+One step: values of all matrices → forward and backward on `batch` sequences, `micro_batch` at a time → gradients
+by positions, stretches and shifts → Adam (Kingma and Ba 2014, arXiv:1412.6980), its rate warmed up and then a
+cosine down to zero, so that positions settle. Progress through that schedule is steps done of `steps`, or time passed
+of `minutes` where that is more: with steps alone, training twice gives the same bits.
+
+A few sequences are never trained on: the divergence on them before and after is reported, and where it did not fall
+the solved model is kept.
+
+Memory, bytes a trained weight: 4 its value, 4 its position, 8 Adam's moments, 8 gradients; activations of `micro_batch`
+sequences; teacher's hidden states, 2 a number. Every CHECKPOINT_S seconds the state is written, so that a
+killed training goes on from there, to the same result: training.safetensors in its work folder.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calibration.distillation import divergence
+from calibration.fake_quant import FakeQuant
+from calibration.samples import Samples
+from calibration.student import computing_in, fastest_precision, final_hidden
+from lilliput import decoder
+from lilliput.decoder import Decoder, torch_name
+from lilliput.errors import CalibrationError
+from lilliput.grid import Float
+from lilliput.model import QuantizedModel, SourceModel, role_of
+from lilliput.progress import Progress, silent
+from lilliput.recipe_schema import Recover
+
+CHECKPOINT_S = 300.0
+CHECKPOINT = "training.safetensors"
+HELD_OUT = 16  # one of so many sequences is not trained on
+WARM_UP = 0.05  # of the schedule
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What training cost and bought. Divergences are means over the held-out sequences, in nats a token."""
+
+    method: str
+    steps: int
+    tokens: int  # that were trained on, repetitions counted
+    seconds: float
+    kld_before: float
+    kld_after: float
+    held_out_tokens: int
+    kept: bool  # whether the trained model is used: the divergence fell
+
+
+def recover(
+    source: SourceModel,
+    solved: QuantizedModel,
+    samples: Samples,
+    options: Recover,
+    work: Path,
+    progress: Progress = silent,
+) -> tuple[QuantizedModel, Recovery]:
+    """The trained model on the grids of `solved`. `work` holds checkpoints, and is the same folder after a kill."""
+    trainer = Trainer(source, solved, samples, options)
+    before = trainer.held_out_divergence()
+    state = trainer.restore(work / CHECKPOINT)
+    state = _train(trainer, state, options, work, progress)
+    after = trainer.held_out_divergence()
+    found = Recovery(
+        options.method, state.step, state.step * options.batch * trainer.length, state.seconds,
+        before, after, trainer.held.numel(), after < before,
+    )  # fmt: skip
+    return (trainer.model() if found.kept else solved), found
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a training is."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+    def progress(self, options: Recover) -> float:
+        """0 to 1: of the steps, or of the time where that is further."""
+        by_time = self.seconds / (60 * options.minutes) if options.minutes else 0.0
+        return max(self.step / options.steps, by_time)
+
+
+def rate(progress: float) -> float:
+    """The learning rates' common factor: a warm-up, then a cosine to zero."""
+    if progress < WARM_UP:
+        return (progress + 0.1 * WARM_UP) / (1.1 * WARM_UP)
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+def _train(trainer: Trainer, state: State, options: Recover, work: Path, progress: Progress) -> State:
+    """Step until the schedule ends."""
+    before, saved, started = state.seconds, state.seconds, time.monotonic()
+    while (done := state.progress(options)) < 1:
+        trainer.step(state.step, rate(done))
+        state = State(state.step + 1, before + time.monotonic() - started)
+        progress(min(1000, round(1000 * state.progress(options))), 1000)
+        if state.seconds - saved >= CHECKPOINT_S:
+            trainer.save(work / CHECKPOINT, state)
+            saved = state.seconds
+    return state
+
+
+class Trainer:
+    """The student, what of it is trained, and the teacher's answers."""
+
+    def __init__(self, source: SourceModel, solved: QuantizedModel, samples: Samples, options: Recover) -> None:
+        self.solved, self.options, self.device = solved, options, options.device
+        self.precision = fastest_precision(self.device) if options.precision == "auto" else options.precision
+        tokens = torch.from_numpy(samples.tokens.astype(np.int64)).to(self.device)
+        if len(tokens) < 2:
+            raise CalibrationError(
+                f"recover: training wants at least 2 samples, there is {len(tokens)}: raise calibration.count"
+            )
+        self.length = tokens.shape[1]
+        held = torch.arange(len(tokens)) % min(HELD_OUT, len(tokens)) == min(HELD_OUT, len(tokens)) - 1
+        self.tokens, self.held = tokens[~held], tokens[held]
+        teacher = decoder.build(source).to(self.device)
+        self.teacher_head = self._head(teacher)
+        self.answers, self.held_answers = self._hidden(teacher, self.tokens), self._hidden(teacher, self.held)
+        del teacher
+        self.student = _student(solved).to(self.device)
+        self.head = self._head(self.student)
+        self.fakes = {
+            name: FakeQuant(tensor, self.device)
+            for name, tensor in solved.quantized.items()
+            if role_of(name) == "linear" and fnmatchcase(name, options.match)
+        }
+        if not self.fakes:
+            raise CalibrationError(
+                f"recover: match {options.match!r} fits no quantized matrix of {solved.name}: mend it"
+            )
+        self.floats = {
+            n: self._parameter(n) for n in solved.floats if n != "position_embedding" and role_of(n) == "vector"
+        }
+        for parameter in [*self.floats.values(), *map(self._parameter, self.fakes)]:
+            parameter.requires_grad_(True)
+        self.optimizer = self._optimizer()
+
+    def _parameter(self, name: str) -> torch.nn.Parameter:
+        return self.student.get_parameter(torch_name(name))
+
+    def _head(self, model: Decoder) -> Tensor:
+        """(vocab, hidden), in the dtype that products are computed in."""
+        weight = model.embedding.weight if model.config.tied_embeddings else model.head.weight
+        return weight.detach().to(torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
+
+    @torch.no_grad()
+    def _hidden(self, model: Decoder, tokens: Tensor) -> Tensor:
+        """Final hidden states (n, length, hidden), in the heads' dtype."""
+        with computing_in(self.precision, self.device):
+            parts = [final_hidden(model, part) for part in torch.split(tokens, self.options.micro_batch)]
+        return torch.cat(parts).to(torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
+
+    def _optimizer(self) -> torch.optim.Adam:
+        rates = {
+            "u": self.options.learning_rate,
+            "v": self.options.learning_rate,
+            "t": self.options.scale_learning_rate,
+        }
+        groups = [
+            {"params": [fake.parameters[kind] for fake in self.fakes.values() if kind in fake.parameters], "rate": rate}
+            for kind, rate in rates.items()
+        ]
+        for parameter in self.floats.values():  # their sizes differ by tens: a rate is relative to the mean size
+            size = float(parameter.detach().abs().mean()) or 1.0
+            groups.append({"params": [parameter], "rate": self.options.float_learning_rate * size})
+        return torch.optim.Adam([g for g in groups if g["params"]], betas=BETAS, eps=1e-12, fused=True)
+
+    def step(self, index: int, factor: float) -> float:
+        """One optimizer step; the mean divergence of its batch before it."""
+        self.write_values()
+        chosen = _batch(index, len(self.tokens), self.options)
+        total = 0.0
+        for ids in torch.split(chosen, self.options.micro_batch):
+            loss = self._divergence(self.tokens[ids], self.answers[ids], self.options.checkpointing)
+            (loss / (len(chosen) * self.length)).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        with torch.no_grad():
+            for name, fake in self.fakes.items():
+                parameter = self._parameter(name)
+                assert parameter.grad is not None
+                for kind, gradient in fake.gradients(parameter.grad).items():
+                    fake.parameters[kind].grad = gradient
+                parameter.grad = None
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for fake in self.fakes.values():
+            fake.project()
+        return total / (len(chosen) * self.length)
+
+    @torch.no_grad()
+    def write_values(self) -> None:
+        """Give the student the values that its codes and scales stand for now."""
+        for name, fake in self.fakes.items():
+            self._parameter(name).copy_(fake.values())
+
+    def _divergence(self, tokens: Tensor, answers: Tensor, checkpointing: bool) -> Tensor:
+        """Summed over all positions."""
+        with computing_in(self.precision, self.device):
+            hidden = final_hidden(self.student, tokens, checkpointing=checkpointing)
+        return divergence(hidden.float().flatten(0, 1), answers.flatten(0, 1), self.head, self.teacher_head)
+
+    @torch.no_grad()
+    def held_out_divergence(self) -> float:
+        """Mean over the sequences that are not trained on, in nats a token."""
+        self.write_values()
+        size = self.options.micro_batch
+        parts = zip(torch.split(self.held, size), torch.split(self.held_answers, size), strict=True)
+        return sum(float(self._divergence(*part, checkpointing=False)) for part in parts) / self.held.numel()
+
+    def model(self) -> QuantizedModel:
+        """The codes, scales and floats of now; every matrix is checked against its grid."""
+        trained = {name: fake.tensor() for name, fake in self.fakes.items()}
+        for name, tensor in trained.items():
+            tensor.check(name)
+        floats: dict[str, Float] = {name: p.detach().cpu().numpy().copy() for name, p in self.floats.items()}
+        note = {"recovered": f"qat of {len(trained)} matrices"}
+        return replace(
+            self.solved,
+            quantized={**self.solved.quantized, **trained},
+            floats={**self.solved.floats, **floats},
+            provenance={**self.solved.provenance, **note},
+        )
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Every tensor that the optimizer moves, by name."""
+        positions = {f"{name}.{kind}": t for name, fake in self.fakes.items() for kind, t in fake.parameters.items()}
+        return positions | dict(self.floats)
+
+    def save(self, path: Path, state: State) -> None:
+        """Write the training's state, all or nothing."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self._trained().items():
+            moments = self.optimizer.state[tensor]
+            tensors |= {name: tensor.detach(), f"{name}:m": moments["exp_avg"], f"{name}:v": moments["exp_avg_sq"]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, {"step": str(state.step), "seconds": repr(state.seconds)})
+        temporary.replace(path)
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> State:
+        """Go on from where `save` was; from the start where there is no file."""
+        if not path.is_file():
+            return State()
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            state = State(int(metadata["step"]), float(metadata["seconds"]))
+            for name, tensor in self._trained().items():
+                tensor.copy_(file.get_tensor(name))
+                self.optimizer.state[tensor] = {
+                    "step": torch.tensor(float(state.step), device=self.device),
+                    "exp_avg": file.get_tensor(f"{name}:m").to(self.device),
+                    "exp_avg_sq": file.get_tensor(f"{name}:v").to(self.device),
+                }
+        return state
+
+
+def _student(solved: QuantizedModel) -> Decoder:
+    """The decoder with the solved model's weights, in memory of its own: they are trained in place."""
+    weights = {name: solved.dequantized(name).copy() for name in solved.config.parameter_shapes()}
+    return decoder.build(SourceModel(solved.name, solved.config, weights, solved.tokenizer, sha256="", origin=""))
+
+
+def _batch(step: int, count: int, options: Recover) -> Tensor:
+    """The sequences of a step: each epoch has its own order, drawn from the seed, and a last batch may be short."""
+    per_epoch = -(-count // options.batch)
+    epoch, place = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator)[place * options.batch :][: options.batch]
