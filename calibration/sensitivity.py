@@ -34,6 +34,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
@@ -99,9 +100,11 @@ class Sensitivity(Mapping[str, Curvature]):
 
 
 class Guided(Statistics):
-    """Statistics whose second moments are weighted by what an error costs; those of the tied embedding too.
+    """Statistics whose second moments count what an error costs; those of the tied embedding too.
 
-    A solver that minimises the squared error of the output under them minimises the predicted KLD, row by row.
+    M would minimise the predicted KLD row by row, but it comes from few samples. Half of it is the plain second moments
+    of all samples, scaled to its trace: of four layers of SmolLM2 on int4-b32 (GPTQ) the KLD was 0.0057, with M
+    alone 0.0061, with the plain moments 0.0068.
     """
 
     def __init__(self, statistics: Statistics, sensitivity: Sensitivity) -> None:
@@ -111,7 +114,10 @@ class Guided(Statistics):
     def __getitem__(self, name: str) -> InputStatistics:
         moments = self._sensitivity[name].moments
         if name in self._names:
-            return replace(super().__getitem__(name), second_moments=moments)
+            found = super().__getitem__(name)
+            plain = found.second_moments
+            blend = (moments + plain * (np.trace(moments) / (np.trace(plain) or 1.0))) / 2
+            return replace(found, second_moments=blend.astype(np.float32))
         unknown = np.full(len(moments), np.nan, np.float32)
         return InputStatistics(moments, unknown, unknown, self.samples.tokens)
 
@@ -131,11 +137,10 @@ def gather(
     progress: Progress = silent,
 ) -> Sensitivity:
     """Go forward and back over `count` of the samples, evenly spaced, and write the curvature into `folder`."""
-    config, total = source.config, len(samples.tokens)
-    tokens = samples.tokens[np.linspace(0, total - 1, min(count, total)).round().astype(np.intp)]
-    samples = replace(samples, tokens=tokens, provenance=replace(samples.provenance, count=len(tokens)))
+    config = source.config
+    samples = taken(samples, spaced(len(samples.tokens), count))
     folder.mkdir(parents=True, exist_ok=True)
-    rope = rotary_tables(config, tokens.shape[1]) if config.positions == "rope" else None
+    rope = rotary_tables(config, samples.tokens.shape[1]) if config.positions == "rope" else None
     steps = 2 * config.num_layers + 1
     with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
         hidden = embed(source, samples)
@@ -157,6 +162,24 @@ def gather(
     text = {"samples": asdict(samples.provenance), "names": names}
     (folder / "samples.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
     return Sensitivity(folder)
+
+
+def spaced(total: int, count: int) -> npt.NDArray[np.intp]:
+    """The indices of `count` samples of `total`, evenly spaced."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.intp))
+
+
+def taken(samples: Samples, indices: npt.NDArray[np.intp]) -> Samples:
+    """Only the samples of these indices."""
+    return replace(samples, tokens=samples.tokens[indices], provenance=replace(samples.provenance, count=len(indices)))
+
+
+def held_out(samples: Samples, sensitivity: Sensitivity, count: int) -> Samples:
+    """Up to `count` samples that the sensitivity does not come from; where it comes from all, some of them."""
+    total = len(samples.tokens)
+    others = np.setdiff1d(np.arange(total), spaced(total, sensitivity.samples.count))
+    others = others if len(others) else np.arange(total)
+    return taken(samples, others[spaced(len(others), count)])
 
 
 def _layer(source: SourceModel, index: int) -> Layer:

@@ -248,10 +248,10 @@ def _priced(solver: Plugin, grids: tuple[str, ...], seed: int, first: First) -> 
         lambda at, folder, progress: sensitivity.work(at(loaded), at(sampled), seed, folder, progress),
     )  # fmt: skip
     priced = Stage(
-        "price", solver.name, (loaded, gathered, sensed), (registry.module_name("solvers", solver.name),),
+        "price", solver.name, (loaded, sampled, gathered, sensed), (registry.module_name("solvers", solver.name),),
         {"grids": grids, "solver": solver.model_dump()},
         lambda at, folder, progress: price.work(
-            at(loaded), at(gathered), at(sensed), grids, solver, folder, progress
+            price.Held(*map(at, (loaded, sampled, gathered, sensed))), grids, solver, folder, progress
         ),
     )  # fmt: skip
     return Priced(sensed, priced)
