@@ -30,8 +30,6 @@ from lilliput.run import PlannedStage, Watcher
 from lilliput.store import Store, default_root
 
 Finding = Literal["A is better", "B is better", "the noise is too large", "the same"]
-FIRST = ("source", "evaluation", "samples", "coverage", "reference", "statistics")
-NEEDED = (*FIRST, "sensitivity", "price", "allocate", "quantize", "dequantized")
 
 
 class Pair(Record):
@@ -69,8 +67,14 @@ class Side:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Those that lead to the dequantized model's logits."""
-        return tuple(stage for stage in self.graph.order if stage.kind in NEEDED)
+        """Those that lead to the dequantized models' logits, and the check of the samples."""
+        left = [t.solution.dequantized for t in self.graph.targets]
+        left += [self.graph.coverage] if self.graph.coverage else []
+        needed: set[Stage] = set()
+        while left:
+            needed.add(stage := left.pop())
+            left += [s for s in stage.inputs if s not in needed]
+        return tuple(stage for stage in self.graph.order if stage in needed)
 
 
 def sides(a: Recipe, b: Recipe, settings_a: Sequence[str], settings_b: Sequence[str]) -> tuple[Side, Side]:

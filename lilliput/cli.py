@@ -72,21 +72,29 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Do a recipe: quantize, export, prove each artifact on its runtime, report."""
-    from lilliput import pipeline, terminal
-    from lilliput.recipe import load
+    from lilliput import escalation, pipeline, terminal
+    from lilliput.recipe import Auto, load
     from lilliput.terminal_progress import StageDisplay
 
     loaded = load(recipe, settings)
-    plan = pipeline.plan(loaded, out or Path("out") / loaded.name, target, model, fresh)
+    out = out or Path("out") / loaded.name
+    if isinstance(loaded.quantize, Auto):
+        if dry_run:
+            ladder = escalation.plans(loaded, out, target, model, fresh)
+            typer.echo(terminal.ladder_json(ladder)) if as_json else terminal.show_ladder(ladder)
+            return
+        done = escalation.climb(
+            loaded, out, target, model, fresh, lambda plan: StageDisplay(plan.stages), terminal.tell_rung
+        )
+        terminal.show_run(done, out, as_json)
+        raise typer.Exit(done.exit_code)
+    plan = pipeline.plan(loaded, out, target, model, fresh)
     if dry_run:
         typer.echo(terminal.plan_json(plan)) if as_json else terminal.show_plan(plan)
         return
     with StageDisplay(plan.stages) as watcher:
         done = pipeline.run(plan, watcher)
-    if as_json:
-        typer.echo(done.report.model_dump_json(indent=2))
-    else:
-        terminal.show_report(done.report, plan.out)
+    terminal.show_run(done, out, as_json)
     raise typer.Exit(done.exit_code)
 
 

@@ -150,7 +150,7 @@ class Graph:
 
 def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
     """The graph of a recipe whose source's files have that hash. `host` names what measures: another measures anew."""
-    loaded = _source(recipe, source_sha256)
+    loaded = source_stage(recipe, source_sha256)
     evaluated = _evaluation(recipe, loaded)
     needs = any(_uses_statistics(recipe.quantize_of(target)) for target in recipe.targets)
     trains = any(recipe.recover_of(target) for target in recipe.targets)
@@ -179,7 +179,8 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
     return Graph(recipe, loaded, evaluated, sampled, covered, gathered, both, traced, held, tuple(stages))
 
 
-def _source(recipe: Recipe, source_sha256: str) -> Stage:
+def source_stage(recipe: Recipe, source_sha256: str) -> Stage:
+    """The stage that all others start from; it does not depend on how the recipe quantizes."""
     spec = recipe.model
     return Stage(
         "source", "", (), (), {**spec.model_dump(exclude={"name"}), "sha256": source_sha256},

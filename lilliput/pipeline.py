@@ -33,10 +33,13 @@ from lilliput.store import Store, default_root, publish
 __all__ = ["Plan", "PlannedStage", "PlannedTarget", "Quiet", "Run", "Watcher", "plan", "run", "validate"]
 
 
-def run(plan: Plan, watcher: Watcher | None = None) -> Run:
-    """Do what is planned; write `out/<target>/…` with manifest.json and `out/report.json|md|html`."""
+def run(plan: Plan, watcher: Watcher | None = None, kept: set[str] | None = None) -> Run:
+    """Do what is planned; write `out/<target>/…` with manifest.json and `out/report.json|md|html`.
+
+    `kept` are keys of results that a fresh run need not do again; those that it does are added.
+    """
     graph = graphs.build(plan.recipe, plan.source_sha256, plan.host)
-    work = Work(Store(plan.store), watcher or Quiet(), plan.fresh)
+    work = Work(Store(plan.store), watcher or Quiet(), plan.fresh, kept)
     with output.claimed(plan.out):
         work.store.clean()
         for stage in graph.order:
@@ -53,19 +56,21 @@ def run(plan: Plan, watcher: Watcher | None = None) -> Run:
 class Work:
     """The stages that were asked for so far, each at most once: found in the store, or done."""
 
-    def __init__(self, store: Store, watcher: Watcher, fresh: bool) -> None:
+    def __init__(self, store: Store, watcher: Watcher, fresh: bool, kept: set[str] | None = None) -> None:
         self.store = store
         self.times: list[StageTime] = []
         self._watcher, self._fresh = watcher, fresh
+        self._kept = set() if kept is None else kept
         self._folders: dict[str, Path] = {}
         self._verified: set[str] = set()
 
     def folder(self, stage: Stage) -> Path:
         """The folder of a stage's result."""
         if stage.key not in self._folders:
-            found = None if self._fresh else self.store.find(stage.kind, stage.key)
+            again = self._fresh and stage.key not in self._kept
+            found = None if again else self.store.find(stage.kind, stage.key)
             if found is None:
-                self._do(stage, replace=self._fresh)
+                self._do(stage, replace=again)
             else:
                 self.store.use(stage.kind, stage.key)
                 self._folders[stage.key] = found
@@ -91,6 +96,7 @@ class Work:
             stage.kind, stage.key, lambda folder: stage.work(self.folder, folder, progress), fresh=replace
         )
         self._verified.add(stage.key)
+        self._kept.add(stage.key)
         self._note(stage.name, cached=there, seconds=time.monotonic() - start)
 
     @contextmanager

@@ -38,7 +38,7 @@ def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | No
     Raises LilliputError: a format that cannot hold a tensor, a missing package, too little disk or memory,
     an output folder that holds something else.
     """
-    recipe = _chosen(recipe, targets, model)
+    recipe = chosen(recipe, targets, model)
     output.check(out)
     for target in recipe.targets:
         _check_runtime(target)
@@ -77,7 +77,8 @@ def recipe_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def _chosen(recipe: Recipe, targets: Sequence[str], model: str | None) -> Recipe:
+def chosen(recipe: Recipe, targets: Sequence[str], model: str | None) -> Recipe:
+    """The recipe with these targets only, and another model."""
     names = [target.name for target in recipe.targets]
     for name in targets:
         if name not in names:
@@ -85,6 +86,12 @@ def _chosen(recipe: Recipe, targets: Sequence[str], model: str | None) -> Recipe
     kept = tuple(target for target in recipe.targets if not targets or target.name in targets)
     spec = recipe.model if model is None else recipe.model.model_copy(update={"source": model, "name": None})
     return recipe.model_copy(update={"targets": kept, "model": spec})
+
+
+def config_of(recipe: Recipe) -> DecoderConfig:
+    """The model's configuration, before any work."""
+    source = graphs.source_stage(recipe, source_sha256(recipe.model))
+    return _config(recipe.model, Store(default_root()), source)
 
 
 def source_sha256(spec: ModelSpec) -> str:

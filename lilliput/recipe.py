@@ -22,6 +22,7 @@ from lilliput.errors import RecipeError, did_you_mean
 from lilliput.listing import recipes_folder
 from lilliput.recipe_schema import (
     QUANTIZE_TAGS,
+    Auto,
     Budget,
     Calibration,
     Evaluation,
@@ -37,6 +38,7 @@ from lilliput.results import Gate
 
 __all__ = [
     "DEFAULT",
+    "Auto",
     "Budget",
     "Calibration",
     "Evaluation",
@@ -163,7 +165,7 @@ def _keys_beside(path: Path_) -> list[str]:
     """The keys that are known where an unknown one stands."""
     sections = [SECTIONS[p] for p in path[:-1] if isinstance(p, str) and p in SECTIONS]
     if path[-2:-1] == ("quantize",):
-        sections.append(Budget)
+        return [*Budget.model_fields, *(Auto.model_fields if len(path) == 2 else ())]
     return list((sections[-1] if sections else Recipe).model_fields)
 
 

@@ -20,6 +20,9 @@
 `quantize: {budget_mb: 63}` gives each matrix the grid that keeps the model file within 63 · 10⁶ bytes at the least
 predicted loss; `{bits_per_weight: 4.5}` counts the bits of all matrices instead, scales included.
 
+`quantize: auto` climbs a ladder from the cheapest, each target until its accuracy gates pass; `{auto: [rtn, awq]}`
+names the rungs (lilliput.escalation).
+
 `quantize: int4-b32` is short for three rules: GPTQ on that grid for every linear layer; RTN on int8-channel for
 embedding and head below a billion parameters; RTN on the same grid for them from there on. A solver, exporter,
 runtime or device is a name, or a mapping of `name` and its options.
@@ -253,13 +256,16 @@ class Recover(Strict):
 
 def _rules(value: object) -> object:
     """Expand the shorthand: one grid's name."""
-    if not isinstance(value, str):
-        return _tuple(value)
-    tables = {"match": "*", "grid": "int8-channel", "solver": "rtn", "below_parameters": BILLION}
+    return uniform(value) if isinstance(value, str) else _tuple(value)
+
+
+def uniform(grid_name: str, *chain: str) -> tuple[dict[str, object], ...]:
+    """The rules that one grid's name is short for; `chain` are other solvers for the linear layers."""
+    solver = list(chain) or ["rtn" if grid_name == FLOAT else "gptq"]
     return (
-        {"match": "layers.*", "grid": value, "solver": "rtn" if value == FLOAT else "gptq"},
-        tables,
-        {"match": "*", "grid": value, "solver": "rtn"},
+        {"match": "layers.*", "grid": grid_name, "solver": solver},
+        {"match": "*", "grid": "int8-channel", "solver": "rtn", "below_parameters": BILLION},
+        {"match": "*", "grid": grid_name, "solver": "rtn"},
     )
 
 
@@ -291,14 +297,41 @@ class Budget(Strict):
         return None if self.budget_mb is None else round(self.budget_mb * MEGA)
 
 
-QUANTIZE_TAGS = ("rules", "budget")  # in pydantic's error locations
+RungName = Literal["rtn", "gptq", "awq", "mixed", "qat"]
+LADDER: tuple[RungName, ...] = ("rtn", "gptq", "mixed")
+
+
+class Auto(Strict):
+    """Escalation (lilliput.escalation): the rungs that are tried in turn, until a target's accuracy gates pass."""
+
+    auto: Annotated[tuple[RungName, ...], Field(min_length=1), BeforeValidator(_tuple)] = LADDER
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if len(set(self.auto)) < len(self.auto):
+            raise ValueError(f"auto: each rung once, seen {list(self.auto)}")
+        return self
+
+
+QUANTIZE_TAGS = ("rules", "budget", "auto")  # in pydantic's error locations
 
 
 def _quantize_tag(value: object) -> Literal["rules", "budget"]:
     return "budget" if isinstance(value, Mapping | Budget) else "rules"
 
 
+def _quantize_or_auto_tag(value: object) -> Literal["rules", "budget", "auto"]:
+    named = isinstance(value, Mapping) and "auto" in value
+    return "auto" if named or value == "auto" or isinstance(value, Auto) else _quantize_tag(value)
+
+
 Quantize = Annotated[Annotated[Rules, Tag("rules")] | Annotated[Budget, Tag("budget")], Discriminator(_quantize_tag)]
+QuantizeOrAuto = Annotated[
+    Annotated[Rules, Tag("rules")]
+    | Annotated[Budget, Tag("budget")]
+    | Annotated[Auto, BeforeValidator(lambda value: {} if value == "auto" else value), Tag("auto")],
+    Discriminator(_quantize_or_auto_tag),
+]
 Gates = Annotated[tuple[Gate, ...], BeforeValidator(_tuple)]
 
 
@@ -332,7 +365,7 @@ class Recipe(Strict):
     context: int = Field(default=1024, ge=8)
     prefill: int = Field(default=128, ge=1)
     calibration: Calibration = Calibration()
-    quantize: Quantize
+    quantize: QuantizeOrAuto
     recover: Recover | None = None
     evaluation: Evaluation = Evaluation()
     targets: Annotated[tuple[Target, ...], Field(min_length=1), BeforeValidator(_tuple)]
@@ -350,8 +383,14 @@ class Recipe(Strict):
         return self
 
     def quantize_of(self, target: Target) -> tuple[Rule, ...] | Budget:
-        """The quantization rules that hold for a target, or its budget."""
-        return target.quantize or self.quantize
+        """The quantization rules that hold for a target, or its budget. Raises RecipeError for a ladder of them."""
+        found = target.quantize or self.quantize
+        if isinstance(found, Auto):
+            raise RecipeError(
+                f"recipe {self.name}: quantize: auto is a ladder of recipes, which only `lilliput run` climbs: "
+                "give one set of rules, e.g. --set quantize=int4-b32"
+            )
+        return found
 
     def recover_of(self, target: Target) -> Recover | None:
         """The training after the solve: the target's own, or the recipe's."""

@@ -84,6 +84,24 @@ class StepLoss(Record):
     relative_error: float  # E|D x|² / E|W x|²
 
 
+class TriedTarget(Record):
+    """What a rung of the escalation came to for one target."""
+
+    name: str
+    verdict: Verdict
+    size_bytes: int
+    mean_kld: float | None
+
+
+class TriedRung(Record):
+    """One rung of `quantize: auto`: what it did, how long its own work took, and what it bought."""
+
+    rung: str
+    what: str
+    seconds: float  # of the stages that were not in the store
+    targets: tuple[TriedTarget, ...]  # those that were not yet content
+
+
 class StageTime(Record):
     """One stage of the pipeline."""
 
@@ -107,6 +125,7 @@ class Report(Record):
     targets: tuple[TargetResult, ...]
     steps: tuple[StepLoss, ...] = ()  # rule by rule, in the order of its steps
     allocations: tuple[Allocation, ...] = ()  # of the targets whose grids a budget chose
+    escalation: tuple[TriedRung, ...] = ()  # rung by rung, where the recipe says `quantize: auto`
     stages: tuple[StageTime, ...] = ()
     notes: tuple[str, ...] = ()  # whatever was refused, kept in float or not proven, by name
     created: str = ""  # UTC, ISO 8601

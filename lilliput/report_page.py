@@ -19,7 +19,17 @@ from jinja2 import Environment, StrictUndefined
 from lilliput import figures
 from lilliput.ladder import Step, costliest, steps
 from lilliput.report import Coverage, Report
-from lilliput.report_table import ALLOCATED, allocated_rows, budget_line, headline, reasons, shown, solve_steps
+from lilliput.report_table import (
+    ALLOCATED,
+    TRIED_COLUMNS,
+    allocated_rows,
+    budget_line,
+    headline,
+    reasons,
+    shown,
+    solve_steps,
+    tried,
+)
 from lilliput.results import TargetResult
 
 HAIRLINE = 0.4  # the narrowest bar, in percent of the width: below it nothing would be seen
@@ -73,6 +83,8 @@ def html(report: Report) -> str:
         headline=headline(report),
         targets=_views(report.targets),
         scored=scored,
+        tried_columns=TRIED_COLUMNS,
+        tried=tried(report.escalation),
         allocated=ALLOCATED,
         allocations=[(budget_line(found), allocated_rows(found)) for found in report.allocations],
         facts=_facts(report),

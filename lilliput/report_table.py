@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from lilliput import figures
 from lilliput.allocated import Allocation, classes, ranges
 from lilliput.ladder import guilty, steps
-from lilliput.report import Coverage, Report, Slice
+from lilliput.report import Coverage, Report, Slice, TriedRung
 from lilliput.results import GateResult, RungName, TargetResult
 
 COLUMNS = ("target", "verdict", "size", "decode", "prefill", "TTFT", "peak RSS", "mean KLD", "top-1", "perplexity")
 
+TRIED_COLUMNS = ("rung", "target", "time", "mean KLD", "size", "verdict")
 LEAST_SHOWN = 0.005
 
 RUNGS: tuple[RungName, ...] = ("dequantized", "read_back", "exact", "shipped")
@@ -80,6 +81,11 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield from _table(("target", *RUNGS, "together"), map(_ladder_row, report.targets))
     yield ""
+    if report.escalation:
+        yield "What each rung of the escalation cost, and what it bought:"
+        yield ""
+        yield from _table(TRIED_COLUMNS, tried(report.escalation))
+        yield ""
     if report.steps:
         yield "What each step of the solvers left: the squared error of the matrices' outputs, relative to the outputs."
         yield ""
@@ -93,6 +99,22 @@ def _lines(report: Report) -> Iterator[str]:
     if notes:
         yield from ("", "What was proven, refused, or kept in float:", "")
         yield from (f"- {note}" for note in notes)
+
+
+def tried(rungs: Iterable[TriedRung]) -> list[tuple[str, ...]]:
+    """A row of TRIED_COLUMNS for each target that a rung was tried for; the rung's time stands in its first."""
+    return [
+        (
+            rung.rung,
+            target.name,
+            figures.seconds(rung.seconds) if target is rung.targets[0] else "",
+            figures.number(target.mean_kld),
+            figures.megabytes(target.size_bytes),
+            target.verdict,
+        )
+        for rung in rungs
+        for target in rung.targets
+    ]
 
 
 def solve_steps(report: Report) -> list[tuple[str, str, str]]:

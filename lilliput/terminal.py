@@ -22,11 +22,12 @@ from lilliput.ab import AB
 from lilliput.chat import Conversation
 from lilliput.compare import Comparison, Difference
 from lilliput.doctor import Check
+from lilliput.escalation import Rung
 from lilliput.inspection.found import Inspection
-from lilliput.report import Report
-from lilliput.report_table import COLUMNS, cells, headline, reasons
+from lilliput.report import Report, TriedRung
+from lilliput.report_table import COLUMNS, TRIED_COLUMNS, cells, headline, reasons, tried
 from lilliput.results import TargetResult, Verdict
-from lilliput.run import Plan
+from lilliput.run import Plan, Run
 from lilliput.sweep import Sweep
 
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
@@ -84,6 +85,47 @@ def plan_json(plan: Plan) -> str:
         "seconds": plan.seconds,
     }
     return json.dumps(facts, indent=2)
+
+
+def show_ladder(ladder: Sequence[tuple[Rung, Plan]]) -> None:
+    """The rungs of an escalation: what each does, what it adds to do, and the sizes of its artifacts."""
+    out, seen = console(), set[str]()
+    made = table("rung", "quantize", "to do", "time", *(target.name for target in ladder[0][1].targets))
+    for rung, plan in ladder:
+        left = [stage for stage in plan.stages if not stage.cached and stage.key not in seen]
+        seen |= {stage.key for stage in left if stage.key}
+        sizes = (f"about {figures.megabytes(target.size_bytes)}" for target in plan.targets)
+        made.add_row(rung.name, rung.what, f"{len(left)} stages", _about(sum(stage.seconds for stage in left)), *sizes)
+    out.print(made)
+    out.print("A target stops at the first rung where its gates on accuracy pass (nothing was done)")
+
+
+def ladder_json(ladder: Sequence[tuple[Rung, Plan]]) -> str:
+    """The plan of each rung for programs."""
+    found = [{"rung": rung.name, "what": rung.what, "plan": json.loads(plan_json(plan))} for rung, plan in ladder]
+    return json.dumps({"ladder": found}, indent=2)
+
+
+def tell_rung(step: TriedRung) -> None:
+    """One line for each target that a rung was tried for, on stderr: standard output has results only."""
+    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    for _, target, seconds, kld, size, verdict in tried([step]):
+        what = f"rung {step.rung} ({step.what}), {target}: KLD {kld}, {size}, {verdict}"
+        out.print(f"{what}; {seconds}" if seconds else what, markup=False)
+
+
+def show_run(done: Run, out: Path, as_json: bool) -> None:
+    """The end of a run: the table of its rungs where it climbed, then its report."""
+    if as_json:
+        print(done.report.model_dump_json(indent=2))
+        return
+    if done.report.escalation:
+        made = table(*TRIED_COLUMNS)
+        for row in tried(done.report.escalation):
+            made.add_row(*map(_coloured, row))
+        console().print(made)
+        console().print()
+    show_report(done.report, out)
 
 
 def show_report(report: Report, out: Path) -> None:
