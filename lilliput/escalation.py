@@ -4,6 +4,7 @@
     gptq    the same grids, codes by GPTQ
     awq     the same grids, AWQ's factors and then GPTQ
     mixed   grids by measured sensitivity, at the same bits a weight (lilliput.stages.allocate)
+    qat     what the rung below it solves, trained for MINUTES or as the recipe's `recover` says (calibration.qat)
 
 Each rung is a whole run of an ordinary recipe, in which every target has rules of its own; so all that two rungs
 share comes from the store, and a target that is content is not solved again. A target goes up while a gate on one of
@@ -21,13 +22,13 @@ from pathlib import Path
 from lilliput import pipeline, planning, report
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import Auto, Budget, Recipe, Rule, RungName, assign, uniform
+from lilliput.recipe_schema import Auto, Budget, Recipe, Recover, Rule, RungName, assign, uniform
 from lilliput.report import TriedRung, TriedTarget
 from lilliput.results import TargetResult
 from lilliput.run import Plan, Run, Watcher
 
 ACCURACY = ("mean_kld", "top1_agreement", "perplexity", "perplexity_ratio")
-GRID = "int4-b32"
+GRID, MINUTES = "int4-b32", 10.0
 CHAINS: dict[RungName, tuple[str, tuple[str, ...]]] = {
     "rtn": ("round to nearest", ("rtn",)),
     "gptq": ("GPTQ", ("gptq",)),
@@ -45,11 +46,21 @@ class Rung:
     name: RungName
     what: str
     quantize: tuple[Rule, ...] | Budget
+    recover: Recover | None = None
 
 
-def rungs(auto: Auto, config: DecoderConfig) -> tuple[Rung, ...]:
-    """The ladder for a model: the mixed rung has as many bits as the uniform ones."""
-    return tuple(_rung(name, config) for name in auto.auto)
+def rungs(auto: Auto, config: DecoderConfig, training: Recover | None = None) -> tuple[Rung, ...]:
+    """The ladder for a model: the mixed rung has as many bits as the uniform ones. `training` is that of qat."""
+    ladder: list[Rung] = []
+    for name in auto.auto:
+        if name == "qat":
+            below = ladder[-1] if ladder else _rung("gptq", config)
+            wanted = training or Recover(minutes=MINUTES)
+            length = f"{wanted.minutes:g} min" if wanted.minutes else f"{wanted.steps} steps"
+            ladder.append(Rung(name, f"{below.what}, then {length} of training", below.quantize, wanted))
+        else:
+            ladder.append(_rung(name, config))
+    return tuple(ladder)
 
 
 def _rung(name: RungName, config: DecoderConfig) -> Rung:
@@ -77,13 +88,14 @@ def bits_per_weight(rules: tuple[Rule, ...], config: DecoderConfig) -> float:
 
 
 def concrete(recipe: Recipe, at: Mapping[str, Rung]) -> Recipe:
-    """An ordinary recipe: each target on its rung."""
-    targets = tuple(
-        target.model_copy(update={"quantize": at[target.name].quantize}) if target.name in at else target
-        for target in recipe.targets
-    )
-    first = next((target.quantize for target in targets if target.quantize), None)
-    return recipe.model_copy(update={"targets": targets, "quantize": first})
+    """An ordinary recipe: each target on its rung. One with rules of its own keeps the recipe's training."""
+    targets = []
+    for target in recipe.targets:
+        rung = at.get(target.name)
+        ways = {"quantize": rung.quantize, "recover": rung.recover} if rung else {"recover": recipe.recover_of(target)}
+        targets.append(target.model_copy(update=ways))
+    first = next(target.quantize for target in targets if target.quantize)
+    return recipe.model_copy(update={"targets": tuple(targets), "quantize": first, "recover": None})
 
 
 def start(recipe: Recipe, targets: Iterable[str], model: str | None) -> tuple[Recipe, tuple[Rung, ...], list[str]]:
@@ -91,7 +103,7 @@ def start(recipe: Recipe, targets: Iterable[str], model: str | None) -> tuple[Re
     kept = planning.chosen(recipe, tuple(targets), model)
     assert isinstance(kept.quantize, Auto)
     climbing = [target.name for target in kept.targets if target.quantize is None]
-    return kept, rungs(kept.quantize, planning.config_of(kept)), climbing
+    return kept, rungs(kept.quantize, planning.config_of(kept), kept.recover), climbing
 
 
 def plans(

@@ -298,11 +298,14 @@ class Budget(Strict):
 
 
 RungName = Literal["rtn", "gptq", "awq", "mixed", "qat"]
-LADDER: tuple[RungName, ...] = ("rtn", "gptq", "mixed")
+LADDER: tuple[RungName, ...] = ("rtn", "gptq", "mixed", "qat")
 
 
 class Auto(Strict):
-    """Escalation (lilliput.escalation): the rungs that are tried in turn, until a target's accuracy gates pass."""
+    """Escalation (lilliput.escalation): the rungs that are tried in turn, until a target's accuracy gates pass.
+
+    The recipe's `recover` is the training of the rung qat.
+    """
 
     auto: Annotated[tuple[RungName, ...], Field(min_length=1), BeforeValidator(_tuple)] = LADDER
 

@@ -19,7 +19,7 @@ from lilliput.errors import RecipeError
 from lilliput.estimate import artifact_bytes
 from lilliput.model import DecoderConfig
 from lilliput.recipe import Recipe, load
-from lilliput.recipe_schema import Auto, Budget, assign
+from lilliput.recipe_schema import Auto, Budget, Recover, assign
 from lilliput.report import Report, TriedRung
 from lilliput.report import load as load_report
 from lilliput.report_page import html
@@ -27,7 +27,7 @@ from lilliput.report_table import markdown
 from lilliput.results import TargetResult, worst
 from lilliput.run import Plan, Quiet, Run, Watcher
 
-RUNGS = ("rtn", "gptq", "awq", "mixed")
+RUNGS = ("rtn", "gptq", "awq", "mixed", "qat")
 AUTO = f"quantize={{auto: [{', '.join(RUNGS)}]}}"
 CONFIG = DecoderConfig("llama", 320, 64, 128, 2, 4, 2, 16, 256, "rms", 1e-5, "rope", "silu", True, False, False, True)
 RECIPE = """
@@ -49,6 +49,8 @@ def read(tmp_path: Path, *overrides: str) -> Recipe:
 def way_of(recipe: Recipe, name: str) -> str:
     """The rung that a target of a concrete recipe is on."""
     (target,) = (t for t in recipe.targets if t.name == name)
+    if target.recover:
+        return "qat"
     if isinstance(target.quantize, Budget):
         return "mixed"
     assert target.quantize is not None
@@ -133,11 +135,11 @@ def test_only_the_target_that_fails_climbs(climb: Climb) -> None:
 
 
 def test_what_never_passes_keeps_the_rung_that_lost_least(climb: Climb) -> None:
-    onnx = {way: result("x", kld, "FAIL") for way, kld in zip(RUNGS, (0.4, 0.2, 0.3, 0.25), strict=True)}
+    onnx = {way: result("x", kld, "FAIL") for way, kld in zip(RUNGS, (0.4, 0.2, 0.3, 0.25, 0.22), strict=True)}
     staged, run, told = climb(both(onnx, always("PASS")), AUTO)
     assert [step["onnx"] for step in staged.ran] == [*RUNGS, "gptq"]
     assert {step["gguf"] for step in staged.ran} == {"rtn"}
-    assert len(told) == 4
+    assert len(told) == 5
     assert run.exit_code == 1
     assert way_of(run.plan.recipe, "onnx") == "gptq"
 
@@ -164,7 +166,7 @@ def test_a_target_with_rules_of_its_own_stays(climb: Climb) -> None:
 def test_all_rungs_have_the_same_bytes() -> None:
     ladder = escalation.rungs(Auto(auto=RUNGS), CONFIG)
     assert [rung.name for rung in ladder] == list(RUNGS)
-    budget = ladder[-1].quantize
+    budget = ladder[3].quantize
     assert isinstance(budget, Budget)
     assert budget.bits_per_weight is not None
     uniform = ladder[0].quantize
@@ -174,6 +176,28 @@ def test_all_rungs_have_the_same_bytes() -> None:
     floats = sum(4 * shape[0] for name, shape in shapes.items() if name not in matrices)
     weights = sum(shapes[name][0] * shapes[name][1] for name in matrices)
     assert weights * budget.bits_per_weight / 8 == pytest.approx(artifact_bytes(matrices, CONFIG) - floats)
+
+
+def test_training_starts_from_the_rung_below_and_is_the_recipes_own(tmp_path: Path) -> None:
+    short = rungs_of(tmp_path, "quantize={auto: [gptq, qat]}")[1]
+    assert not isinstance(short.quantize, Budget)
+    assert short.quantize[0].chain == "gptq"
+    assert short.recover == Recover(minutes=10)
+    own = rungs_of(tmp_path, "recover={steps: 7}")
+    assert [rung.name for rung in own] == ["rtn", "gptq", "mixed", "qat"]
+    assert own[3].recover == Recover(steps=7)
+    assert isinstance(own[3].quantize, Budget)
+    assert [rung.recover for rung in own[:3]] == [None] * 3
+    assert rungs_of(tmp_path, "quantize={auto: [qat]}")[0].what.startswith("int4-b32, GPTQ, then 10 min")
+    recipe = read(tmp_path, "recover={steps: 7}", "targets.onnx.quantize=int4-b32")
+    made = escalation.concrete(recipe, {"gguf": own[0]})
+    assert [made.recover_of(target) for target in made.targets] == [Recover(steps=7), None]
+
+
+def rungs_of(tmp_path: Path, *overrides: str) -> tuple[escalation.Rung, ...]:
+    recipe = read(tmp_path, *overrides)
+    assert isinstance(recipe.quantize, Auto)
+    return escalation.rungs(recipe.quantize, CONFIG, recipe.recover)
 
 
 def test_the_report_has_the_table_of_rungs(climb: Climb, tmp_path: Path) -> None:
@@ -224,11 +248,11 @@ def test_real_runs_climb_none_one_and_all(
     """One chunk has no interval, so a limit between two rungs' losses decides."""
     monkeypatch.setenv("LILLIPUT_CACHE", str(tmp_path / "cache"))
     recipe = tiny_recipe.write(tmp_path, model, ("onnx",))
-    ladder = ("quantize={auto: [rtn, gptq, mixed]}", "evaluation.count=1")
+    ladder = ("quantize=auto", "recover={steps: 2, batch: 2}", "evaluation.count=1")
     dry = ["run", str(recipe), "--dry-run", "--json", "--set", ladder[0]]
     assert cli.answer(dry) == 0
     shown = json.loads(capsys.readouterr().out)["ladder"]
-    assert [rung["rung"] for rung in shown] == ["rtn", "gptq", "mixed"]
+    assert [rung["rung"] for rung in shown] == ["rtn", "gptq", "mixed", "qat"]
     assert not (tmp_path / "cache").exists(), "a dry run does nothing"
 
     def limit(value: float) -> str:
@@ -236,7 +260,7 @@ def test_real_runs_climb_none_one_and_all(
 
     code, every = climbed(tmp_path / "all", recipe, *ladder, limit(1e-9))
     assert code == 1
-    assert [step.rung for step in every.escalation] == ["rtn", "gptq", "mixed"]
+    assert [step.rung for step in every.escalation] == ["rtn", "gptq", "mixed", "qat"]
     assert "rung mixed" in capsys.readouterr().err
     losses = [step.targets[0].mean_kld or 0.0 for step in every.escalation]
     kept = every.targets[0].accuracy
