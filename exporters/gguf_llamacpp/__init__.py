@@ -42,12 +42,9 @@ class Exporter:
     packages: ClassVar[tuple[str, ...]] = ("gguf",)
     extra: ClassVar[str] = "llamacpp"
     budget_grids: ClassVar[tuple[str, ...]] = (
-        "int4-b32",
-        "int4-b32-min-f16",
-        "int5-b32",
-        "int5-b32-min-f16",
-        "int8-b32",
-    )
+        "q2_k", "q3_k", "iq4_xs", "int4-b32", "iq4_nl", "q4_k", "int4-b32-min-f16", "int5-b32", "q5_k",
+        "int5-b32-min-f16", "q6_k", "int8-b32",
+    )  # fmt: skip
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
         return blocks.refusal(spec, shape[1])
