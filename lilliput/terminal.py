@@ -88,16 +88,17 @@ def plan_json(plan: Plan) -> str:
 
 
 def show_ladder(ladder: Sequence[tuple[Rung, Plan]]) -> None:
-    """The rungs of an escalation: what each does, what it adds to do, and the sizes of its artifacts."""
+    """The rungs of an escalation: what each does, what it adds to do if every target comes so far, and the sizes."""
     out, seen = console(), set[str]()
-    made = table("rung", "quantize", "to do", "time", *(target.name for target in ladder[0][1].targets))
+    made = table("rung", "to do", "time", *(f"{target.name}, about" for target in ladder[0][1].targets))
     for rung, plan in ladder:
         left = [stage for stage in plan.stages if not stage.cached and stage.key not in seen]
         seen |= {stage.key for stage in left if stage.key}
-        sizes = (f"about {figures.megabytes(target.size_bytes)}" for target in plan.targets)
-        made.add_row(rung.name, rung.what, f"{len(left)} stages", _about(sum(stage.seconds for stage in left)), *sizes)
+        sizes = (figures.megabytes(target.size_bytes) for target in plan.targets)
+        made.add_row(rung.name, f"{len(left)} stages", _about(sum(stage.seconds for stage in left)), *sizes)
+        out.print(f"{rung.name}: {rung.what}", markup=False, soft_wrap=True)
     out.print(made)
-    out.print("A target stops at the first rung where its gates on accuracy pass (nothing was done)")
+    out.print("A target stops at the first rung where its gates on accuracy pass (nothing was done)", soft_wrap=True)
 
 
 def ladder_json(ladder: Sequence[tuple[Rung, Plan]]) -> str:

@@ -14,7 +14,7 @@ from sample_report import gate, passing, report
 from test_cli import a_plan
 from tiny_models import tiny_llama
 
-from lilliput import cli, escalation, pipeline
+from lilliput import cli, escalation, pipeline, terminal
 from lilliput.errors import RecipeError
 from lilliput.estimate import artifact_bytes
 from lilliput.model import DecoderConfig
@@ -229,6 +229,16 @@ def test_a_ladder_is_no_single_recipe(tmp_path: Path) -> None:
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     with pytest.raises(RecipeError, match="only `lilliput run` climbs"):
         recipe.quantize_of(recipe.targets[0])
+
+
+def test_the_ladder_is_shown_with_what_each_rung_adds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plain.yaml").write_text(RECIPE.replace("quantize: auto", "quantize: int4-b32"))
+    plan = a_plan(str(tmp_path / "plain.yaml"), tmp_path / "out")
+    terminal.show_ladder([(rung, plan) for rung in escalation.rungs(Auto(), CONFIG)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "rtn: int4-b32, round to nearest"
+    assert lines[3].endswith("then 10 min of training")
+    assert ["1 min 15 s" in line for line in lines[6:10]] == [True, False, False, False], "what two share is done once"
 
 
 @pytest.fixture(scope="module")
