@@ -95,8 +95,8 @@ class State:
 
     def progress(self, options: Recover) -> float:
         """0 to 1: of the steps, or of the time where that is further."""
-        by_time = self.seconds / (60 * options.minutes) if options.minutes else 0.0
-        return max(self.step / options.steps, by_time)
+        steps, seconds = options.limits
+        return max(self.step / steps, self.seconds / seconds)
 
 
 def rate(progress: float) -> float:

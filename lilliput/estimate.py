@@ -102,8 +102,7 @@ def _training_s(recipe: Recipe, billions: float) -> float:
     """The longest training of a target."""
     tokens = recipe.calibration.length
     wanted = [recover for target in recipe.targets if (recover := recipe.recover_of(target))]
-    times = [(TRAIN_S * billions * r.steps * r.batch * tokens, 60 * (r.minutes or float("inf"))) for r in wanted]
-    return max((min(time) for time in times), default=0.0)
+    return max((min(TRAIN_S * billions * r.limits[0] * r.batch * tokens, r.limits[1]) for r in wanted), default=0.0)
 
 
 def artifact_bytes(assigned: Mapping[str, Rule], config: DecoderConfig) -> int:

