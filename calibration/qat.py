@@ -34,12 +34,13 @@ from torch import Tensor
 
 from calibration.distillation import divergence
 from calibration.fake_quant import FakeQuant
+from calibration.low_rank import Adapter
 from calibration.samples import Samples
 from calibration.student import computing_in, fastest_precision, final_hidden
 from lilliput import decoder
 from lilliput.decoder import Decoder, torch_name
 from lilliput.errors import CalibrationError
-from lilliput.grid import Float
+from lilliput.grid import Float, QuantizedTensor
 from lilliput.model import QuantizedModel, SourceModel, role_of
 from lilliput.progress import Progress, silent
 from lilliput.recipe_schema import Recover
@@ -63,6 +64,7 @@ class Recovery:
     kld_after: float
     held_out_tokens: int
     kept: bool  # whether the trained model is used: the divergence fell
+    kld_unmerged: float | None = None  # of adapters beside their base, before they were merged into it
 
 
 def recover(
@@ -75,15 +77,20 @@ def recover(
 ) -> tuple[QuantizedModel, Recovery]:
     """The trained model on the grids of `solved`. `work` holds checkpoints, and is the same folder after a kill."""
     trainer = Trainer(source, solved, samples, options)
+    found = trained(trainer, options, work, progress)
+    return (trainer.model() if found.kept else solved), found
+
+
+def trained(trainer: Trainer, options: Recover, work: Path, progress: Progress = silent) -> Recovery:
+    """Train to the end of the schedule, from the checkpoint in `work` where there is one."""
     before = trainer.held_out_divergence()
     state = trainer.restore(work / CHECKPOINT)
     state = _train(trainer, state, options, work, progress)
     after = trainer.held_out_divergence()
-    found = Recovery(
+    return Recovery(
         options.method, state.step, state.step * options.batch * trainer.length, state.seconds,
         before, after, trainer.held.numel(), after < before,
     )  # fmt: skip
-    return (trainer.model() if found.kept else solved), found
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Trainer:
         self.student = _student(solved).to(self.device)
         self.head = self._head(self.student)
         self.fakes = {
-            name: FakeQuant(tensor, self.device)
+            name: _part(name, tensor, options)
             for name, tensor in solved.quantized.items()
             if role_of(name) == "linear" and fnmatchcase(name, options.match)
         }
@@ -149,7 +156,9 @@ class Trainer:
                 f"recover: match {options.match!r} fits no quantized matrix of {solved.name}: mend it"
             )
         self.floats = {
-            n: self._parameter(n) for n in solved.floats if n != "position_embedding" and role_of(n) == "vector"
+            n: self._parameter(n)
+            for n in solved.floats
+            if n != "position_embedding" and role_of(n) == "vector" and options.method == "qat"
         }
         for parameter in [*self.floats.values(), *map(self._parameter, self.fakes)]:
             parameter.requires_grad_(True)
@@ -175,6 +184,8 @@ class Trainer:
             "u": self.options.learning_rate,
             "v": self.options.learning_rate,
             "t": self.options.scale_learning_rate,
+            "a": self.options.adapter_learning_rate,
+            "b": self.options.adapter_learning_rate,
         }
         groups = [
             {"params": [fake.parameters[kind] for fake in self.fakes.values() if kind in fake.parameters], "rate": rate}
@@ -225,9 +236,20 @@ class Trainer:
     def held_out_divergence(self) -> float:
         """Mean over the sequences that are not trained on, in nats a token."""
         self.write_values()
+        return self._held_out()
+
+    @torch.no_grad()
+    def _held_out(self) -> float:
         size = self.options.micro_batch
         parts = zip(torch.split(self.held, size), torch.split(self.held_answers, size), strict=True)
         return sum(float(self._divergence(*part, checkpointing=False)) for part in parts) / self.held.numel()
+
+    @torch.no_grad()
+    def divergence_of(self, model: QuantizedModel) -> float:
+        """The held-out divergence of another model on the same grids; the student is that model from now on."""
+        for name in self.fakes:
+            self._parameter(name).copy_(torch.from_numpy(model.dequantized(name)))
+        return self._held_out()
 
     def model(self) -> QuantizedModel:
         """The codes, scales and floats of now; every matrix is checked against its grid."""
@@ -275,6 +297,11 @@ class Trainer:
                     "exp_avg_sq": file.get_tensor(f"{name}:v").to(self.device),
                 }
         return state
+
+
+def _part(name: str, tensor: QuantizedTensor, options: Recover) -> FakeQuant | Adapter:
+    """One matrix in training."""
+    return FakeQuant(tensor, options.device) if options.method == "qat" else Adapter(name, tensor, options)
 
 
 def _student(solved: QuantizedModel) -> Decoder:

@@ -226,6 +226,20 @@ class SolveStep:
 
 
 @dataclass(frozen=True, eq=False)
+class LowRank:
+    """The adapter of one matrix: `alpha / rank · b @ a` is added to it."""
+
+    a: Float  # (rank, cols) float32
+    b: Float  # (rows, rank) float32
+    alpha: float
+
+    def delta(self) -> Float:
+        """(rows, cols) float32."""
+        found: Float = np.float32(self.alpha / len(self.a)) * (self.b @ self.a)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedModel:
     """A solved model: matrices on their grids, the rest as float32. Nothing downstream chooses numbers again."""
 

@@ -243,13 +243,16 @@ class Recover(Strict):
     Rates are of Adam: `learning_rate` in steps of the grid, `scale_learning_rate` relative to a scale.
     """
 
-    method: Literal["qat"] = "qat"
+    method: Literal["qat", "adapters"] = "qat"
     steps: int | None = Field(default=None, ge=1)  # DEFAULT_STEPS where no minutes are given either
     minutes: float | None = Field(default=None, gt=0)  # ends the training where that is sooner
     match: str = Field(default="layers.*", min_length=1)  # the matrices that are trained
     learning_rate: float = Field(default=0.005, ge=0)
     scale_learning_rate: float = Field(default=0.001, ge=0)
     float_learning_rate: float = Field(default=0.001, ge=0)  # of norms and biases
+    rank: int = Field(default=16, ge=1)  # of adapters
+    alpha: float = Field(default=32.0, gt=0)  # of adapters: they are added alpha / rank times
+    adapter_learning_rate: float = Field(default=0.001, ge=0)
     batch: int = Field(default=4, ge=1)  # sequences a step
     micro_batch: int = Field(default=2, ge=1)  # sequences at a time
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
