@@ -165,5 +165,7 @@ def test_a_whole_run_on_a_tiny_model(
     assert {len(r.accuracy) for r in found.rows} == {2}
     assert all(0 < r.accuracy["builtin"].mean_kld < 1 for r in found.rows)
     assert len(found.ratios) == 2 * len(quality.LIMITS)
+    # our GGUF says each matrix's grid in its metadata, and this model is tiny
+    assert {r.limit.subject for r in found.ratios if r.verdict == "BIGGER"} <= {"gguf-int4"}, bytes_of
     monkeypatch.setattr("benchmarks.scoring.ProcessPoolExecutor", None)
     assert quality.measure(quality.PARTS, tmp_path, chunks=2, workers=1) == found
