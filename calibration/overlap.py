@@ -9,7 +9,8 @@ nothing and does not count. Each run is one number,
 so that both texts' runs are compared as two arrays; of those that meet, the tokens themselves are compared.
 
 Texts of one kind share boilerplate: the two parts of the built-in text share 3.9 % of the evaluation's runs with
-SmolLM2's tokenizer. So a text is refused from LEAK on, and from LEAST runs; the share below that is reported.
+SmolLM2's tokenizer. So a text is refused from a share of LEAK on, where that is LEAST runs
+or half of a short text; less is reported.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def overlap(calibration: Tokens, evaluation: Tokens) -> Overlap:
 
 def refuse(found: Overlap, evaluation: Tokens, names: tuple[str, str], decode: Callable[[Sequence[int]], str]) -> None:
     """Raise CalibrationError where too much is shared; `names` are those of the two texts."""
-    if found.share < LEAK or found.shared < LEAST:
+    if found.share < LEAK or found.shared < min(LEAST, found.runs / 2):
         return
     passage = evaluation[found.chunk, found.position : found.position + min(found.length, EXCERPT)]
     raise CalibrationError(

@@ -206,12 +206,12 @@ def test_calibrating_on_the_text_that_judges_is_refused_before_long_work(
     from tiny_models import TEXT
 
     path = tmp_path / "text.txt"
-    path.write_text(TEXT * 4)
-    sizes = [f"{section}.{key}" for section in ("calibration", "evaluation") for key in ("count=8", "length=32")]
+    path.write_text(TEXT * 8)
+    sizes = ["calibration.count=16", "evaluation.count=8"]
     job = undisturbed.job | {"out": str(tmp_path / "out"), "targets": ["gguf"]}
     texts = [
         f"evaluation.text={path}",
-        f"calibration.samples=[{{samples: {path}, count: 6}}, {{samples: self, count: 2}}]",
+        f"calibration.samples=[{{samples: {path}, count: 14}}, {{samples: self, count: 2}}]",
     ]
     events = drive(tmp_path, [job | {"overrides": [*sizes, *texts]}])
     assert events.exit_code(0) == 2

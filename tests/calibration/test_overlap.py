@@ -65,6 +65,15 @@ def test_a_few_shared_lines_are_no_leak() -> None:
     refuse(found, evaluation, ("a", "b"), show)
 
 
+def test_a_short_text_that_is_shared_by_half_is_a_leak() -> None:
+    calibration, evaluation = text(0, 8), text(1, 2, 32)
+    evaluation[0] = calibration[4, 20:52]
+    found = overlap(calibration, evaluation)
+    assert (found.shared, found.runs) == (17, 34)
+    with pytest.raises(CalibrationError, match="share text"):
+        refuse(found, evaluation, ("a", "b"), show)
+
+
 def test_runs_of_few_distinct_tokens_say_nothing() -> None:
     same = np.tile(np.array([[1, 2, 3]], np.int32), (4, 40))
     found = overlap(same, same)
