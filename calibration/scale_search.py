@@ -111,7 +111,6 @@ def _search(x: Weighted, spec: GridSpec, options: SearchOptions) -> Blocks:
         wins = gain > most
         found, most = _where(wins, fitted, found), torch.where(wins, gain, most)
     for _ in range(options.refine + (options.candidates > 1)):
-        found = Blocks(spec, _scale(found.s, spec), _offset(found.o, spec))
         error, codes = _error(x, found)
         wins = error < least
         best, least = _where(wins, found, best), torch.where(wins, error, least)
@@ -154,11 +153,11 @@ def _span(options: SearchOptions, count: int) -> list[float]:
 
 
 def _fit(x: Weighted, q: Tensor, trial: Blocks) -> tuple[Blocks, Tensor]:
-    """The scale (and minimum) of least error for codes q, before rounding, and by how much they lower the error.
+    """The scale (and minimum) of least error for codes q, as the grid holds them; by how much they lower the error.
 
     The error Σ h (w - s·b)², b = code (- zero_point), is least at s = top / bottom, top = Σ hbw, bottom = Σ hb²,
     and lower than without b by s·(2·top - s·bottom). With a minimum o the same holds of b and w less their means,
-    and o = mean of w - s·b.
+    the best o is the mean of w - s·b, and another costs Σh times the square of how far it is off.
     """
     spec = trial.spec
     if spec.offset != "minimum":
@@ -166,26 +165,27 @@ def _fit(x: Weighted, q: Tensor, trial: Blocks) -> tuple[Blocks, Tensor]:
     hq = q * x.h
     total = hq.sum(-1)
     mean = total / x.total
-    s, gain = _divide((q * x.hc).sum(-1), hq.mul_(q).sum(-1) - total * mean, trial.s)
-    o = x.mean - s * mean
-    if spec.super_blocks and (o > 0).any():  # not to be had: none is the best there
+    s, gain = _divide((q * x.hc).sum(-1), hq.mul_(q).sum(-1) - total * mean, trial)
+    best = x.mean - s * mean
+    o = _offset(best, spec)
+    gain -= x.total * (o - best).square()
+    if spec.super_blocks and (above := best > 0).any():  # without a minimum, another scale is better
         other, other_gain = _fit_scale(x, q, trial)
-        above = o > 0
-        s, o = torch.where(above, other.s, s), o.clamp(max=0)
+        s = torch.where(above, other.s, s)
         gain = torch.where(above, other_gain - x.total * x.mean.square(), gain)
     return Blocks(spec, s, o), gain
 
 
 def _fit_scale(x: Weighted, b: Tensor, trial: Blocks) -> tuple[Blocks, Tensor]:
-    """`_fit` through zero."""
-    s, gain = _divide((b * x.hw).sum(-1), (b.square() * x.h).sum(-1), trial.s)
+    """`_fit` of the scale alone."""
+    s, gain = _divide((b * x.hw).sum(-1), (b.square() * x.h).sum(-1), trial)
     return Blocks(trial.spec, s, trial.o), gain
 
 
-def _divide(top: Tensor, bottom: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale top / bottom where that is usable and of the fallback's sign, else the fallback; what it gains."""
+def _divide(top: Tensor, bottom: Tensor, trial: Blocks) -> tuple[Tensor, Tensor]:
+    """The scale top / bottom where that is usable and of the trial's sign, else the trial's; what it gains."""
     ratio = top / bottom
-    s = torch.where(ratio.isfinite() & (ratio * fallback > 0), ratio, fallback)
+    s = _scale(torch.where(ratio.isfinite() & (ratio * trial.s > 0), ratio, trial.s), trial.spec)
     return s, s * (2 * top - s * bottom)
 
 
