@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -19,10 +21,12 @@ from lilliput.model import Node
 COLS = (32, 64, 70, 576)  # 70: no block size divides it
 
 
-def run(name: str, op: str, tensor: QuantizedTensor, feeds: np.ndarray, *, exact: bool = False) -> np.ndarray:
+def run(
+    name: str, op: str, tensor: QuantizedTensor, feeds: np.ndarray, *, exact: bool = False, level: int = 0
+) -> np.ndarray:
     """One `linear` or `embedding` node over `tensor`, lowered by the exporter and run by ONNX Runtime."""
     half = frozenset({name} if tensor.spec.scale_dtype != "float32" else ())
-    builder = graph.Builder(graph.Parameters({name: packing.pack(tensor)}, {}, half), accuracy_level=0, exact=exact)
+    builder = graph.Builder(graph.Parameters({name: packing.pack(tensor)}, {}, half), accuracy_level=level, exact=exact)
     inputs = (name, "tokens") if op == "embedding" else ("x", name)
     graph.LOWERED[op](builder, Node(op, inputs, ("y",), {}), "y")
     fed = "input_ids" if op == "embedding" else "/x"
@@ -78,6 +82,19 @@ def test_matmul_computes_the_dequantized_product(name: str, cols: int) -> None:
     wanted = x.astype(np.float64) @ tensor.dequantize().T.astype(np.float64)
     for exact in (False, True):
         seen = run("w", "linear", tensor, x, exact=exact)
+        assert np.abs(seen - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["int4-b32-f16", "int4-b128-f16", "int2-b64-f16", "int8-b32-f16"])
+def test_negative_scales_compute_what_positive_ones_do(name: str) -> None:
+    """Solvers try them on these grids by default: with every other scale negated, half the terms change sign."""
+    tensor = any_tensor(grid(name), 40, 576, seed=0)
+    signs = np.where(np.arange(tensor.scales.shape[1]) % 2, -1, 1).astype(np.float32)
+    turned = replace(tensor, scales=tensor.scales * signs)
+    x = np.random.default_rng(1).standard_normal((1, 5, 576)).astype(np.float32)
+    wide = np.repeat(signs, tensor.spec.block_size)[:576]
+    for level in (0, 4):
+        seen, wanted = run("w", "linear", turned, x, level=level), run("w", "linear", tensor, x * wide, level=level)
         assert np.abs(seen - wanted).max() <= 2e-6 * np.abs(wanted).max()
 
 
