@@ -4,6 +4,7 @@ The arithmetic is lilliput.grid's, `values` there is `dequantize`. Where the gri
 products (d·sc, -dmin·m) and `supers` holds d and dmin beside them. Scales are never zero, so that codes can be asked
 for; an integer scale of 0 would say no more than code 0 does.
 
+A codebook has no 0: there, and only there, blocks of zeros have scale 0, and any code is as good.
 The nearest entry of a codebook is looked up by floor(2·w / s): entries are integers, so every border between two of
 them is a multiple of one half.
 """
@@ -73,7 +74,7 @@ def _entries(codebook: tuple[int, ...]) -> Tensor:
 
 def _nearest_entry(x: Tensor, codebook: tuple[int, ...]) -> Tensor:
     low, high = 2 * codebook[0], 2 * codebook[-1]
-    index = x.mul(2).floor_().clamp_(low, high).sub_(low).to(torch.int32)
+    index = x.mul(2).floor_().nan_to_num_(0).clamp_(low, high).sub_(low).to(torch.int32)
     return _entries(codebook).index_select(0, index.view(-1)).view(x.shape)
 
 
@@ -103,7 +104,7 @@ def round_to(x: Tensor, spec: GridSpec) -> Tensor:
 
 
 def round_nonzero(x: Tensor, spec: GridSpec) -> Tensor:
-    """Scales on the grid's dtype, never zero: 1 for an exact zero, the least number for one that rounds to zero."""
+    """Scales on the grid's dtype, not zero: 1 for an exact zero, the least number for one that rounds to zero."""
     tiny = FLOAT32_TINY if spec.scale_dtype == "float32" else FLOAT16_TINY
     rounded = round_to(x, spec)
     rounded = torch.where(rounded.abs() < tiny, torch.copysign(torch.full_like(x, tiny), x), rounded)

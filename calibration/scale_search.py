@@ -14,8 +14,8 @@ the output if inputs were uncorrelated (as llama.cpp's importance matrix, and AW
 
 A signed grid has one code more below zero than above, and a negative scale gives it to the larger side.
 `negative_scales` says whether to try them; by default where no exporter that takes the grid refuses them (XNNPACK
-does, so not on the grids it runs). A scale is never zero: an all-zero block gets scale 1, and a block too small for
-the dtype its least positive number.
+does, so not on the grids it runs). A scale is not zero: an all-zero block gets scale 1 (0 where the grid has
+no code 0), and a block too small for the dtype its least positive number.
 
 Where the grid has super-blocks, scales and minima are found so first, free of any dtype, minima not above zero;
 calibration.super_blocks then makes them integers times factors.
@@ -190,8 +190,9 @@ def _divide(top: Tensor, bottom: Tensor, trial: Blocks) -> tuple[Tensor, Tensor]
 
 
 def _scale(x: Tensor, spec: GridSpec) -> Tensor:
-    """A scale that the grid holds; one of a super-block is rounded only later."""
-    return torch.where(x == 0, torch.ones_like(x), x) if spec.super_blocks else round_nonzero(x, spec)
+    """A scale that the grid holds, not 0 where it has a code 0; one of a super-block is rounded only later."""
+    held = torch.where(x == 0, torch.ones_like(x), x) if spec.super_blocks else round_nonzero(x, spec)
+    return held.masked_fill(x == 0, 0) if spec.codebook else held
 
 
 def _offset(x: Tensor, spec: GridSpec) -> Tensor:

@@ -13,7 +13,7 @@ weights. `find` starts from free scales and minima, and then `1 + rounds` times
 3. rounds the weights to codes anew.
 
 A super-block keeps the round with the least error of rounded weights. d may be negative where integers are signed
-(one has a range from -32 to 31); dmin is positive. An integer scale is never 0, as calibration.blocks says.
+(one has a range from -32 to 31); dmin is positive. An integer scale is not 0, as calibration.blocks says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from calibration.blocks import Blocks, round_nonzero, round_to
-from lilliput.grid import GridSpec, SuperBlocks
+from lilliput.grid import GridSpec
 
 RATIOS = (1.0, 0.7, 0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.2)
 
@@ -108,7 +108,7 @@ def _neighbours(w: Tensor, h: Tensor, factors: Factors) -> Factors:
     assert limits
     least = _error(w, h, factors)
     for dsc, dm in product((0, -1, 1), (0,) if factors.spec.symmetric else (0, -1, 1)):
-        sc = _nonzero_integer(factors.sc + dsc, limits)
+        sc = _integer_scale(factors.sc + dsc, factors.spec)
         trial = replace(factors, sc=sc, m=(factors.m + dm).clamp_(0, limits.high))
         error = _error(w, h, trial)
         wins = error < least
@@ -171,10 +171,10 @@ def _integers(sums: Sums, d: Tensor, dmin: Tensor, s: Tensor, o: Tensor, spec: G
     limits = spec.super_blocks
     assert limits
     if spec.symmetric:
-        return Factors(spec, d, _nonzero_integer(_or(sums.hqw / sums.hqq, s) / d, limits), dmin, torch.zeros_like(s))
-    sc = _nonzero_integer(_or((sums.hqw - o * sums.hq) / sums.hqq, s) / d, limits)
+        return Factors(spec, d, _integer_scale(_or(sums.hqw / sums.hqq, s) / d, spec), dmin, torch.zeros_like(s))
+    sc = _integer_scale(_or((sums.hqw - o * sums.hq) / sums.hqq, s) / d, spec)
     m = ((d * sc * sums.hq - sums.hw) / (sums.h * dmin)).round_().clamp_(0, limits.high)
-    sc = _nonzero_integer(_or((sums.hqw + dmin * m * sums.hq) / sums.hqq, s) / d, limits)
+    sc = _integer_scale(_or((sums.hqw + dmin * m * sums.hq) / sums.hqq, s) / d, spec)
     return Factors(spec, d, sc, dmin, m)
 
 
@@ -182,9 +182,13 @@ def _or(x: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, fallback)
 
 
-def _nonzero_integer(x: Tensor, limits: SuperBlocks) -> Tensor:
-    """Nearest integers in range but 0."""
+def _integer_scale(x: Tensor, spec: GridSpec) -> Tensor:
+    """Nearest integers in range, but 0 only where no code is."""
+    limits = spec.super_blocks
+    assert limits
     rounded = x.round().clamp_(limits.low, limits.high)
+    if spec.codebook:
+        return rounded
     away = torch.where(x < 0, max(limits.low, -1), 1) if limits.low < 0 else torch.ones_like(x)
     return torch.where(rounded == 0, away.to(x.dtype), rounded)
 
