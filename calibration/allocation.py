@@ -10,9 +10,9 @@ over LAYERS layers and ROWS rows of each kind of matrix, measured for every grid
 chosen is then solved in full.
 
 Linear layers, embedding and head have a correction each, from a direct measurement: all matrices of the role, solved on
-the grid nearest to MIDDLE bits a weight, against the float model on samples that the sensitivity does not come from.
-Measured / predicted KLD stands for what the sum leaves out: errors that add up from layer to layer, and solvers that
-fit the samples which the prediction comes from.
+the grid MIDDLE, against the float model on samples that the sensitivity does not come from. Measured / predicted KLD
+stands for what the sum leaves out: errors that add up from layer to layer, and solvers that fit the samples which the
+prediction comes from.
 
 Solvers minimise what the allocation counts: the second moments that they are given are those that are weighted by
 the gradients, for the tied embedding too (calibration.sensitivity.Guided).
@@ -45,7 +45,7 @@ from lilliput.results import Record
 LAYERS = 3  # of the model, whose matrices tell what the solver gains over RTN
 ROWS = 512  # of such a matrix
 HELD = 6  # samples that corrections are measured on
-MIDDLE = 4.5  # bits a weight of what they are measured with
+MIDDLE = "int4-b32"  # the grid that they are measured on
 TINY = 1e-6  # the least ratio
 GPTQ = Plugin(name="gptq")
 
@@ -58,6 +58,18 @@ class Price(Record):
     grid: str
     size_bytes: int
     loss: float  # predicted KLD, nats a token
+
+
+class GridPrices(Record):
+    """Every matrix that a grid can hold, on it."""
+
+    of: dict[str, Price]
+
+
+class Corrections(Record):
+    """Measured / predicted KLD by role."""
+
+    of: dict[Role, float]
 
 
 class Prices(Record):
@@ -131,86 +143,80 @@ def units_of(config: DecoderConfig) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, units.values()))
 
 
-def prices(
+def price(
     source: SourceModel,
-    statistics: Statistics,
+    statistics: Mapping[str, InputStatistics],
     sensitivity: Sensitivity,
-    samples: Samples,
-    grids: Sequence[str],
+    name: str,
     solver: Plugin = GPTQ,
     progress: Progress = silent,
-) -> Prices:
-    """Price every matrix on those of `grids` whose blocks fit its columns. `samples`: all those of the calibration."""
-    shapes = {n: (s[0], s[1]) for n, s in source.config.parameter_shapes().items() if role_of(n) != "vector"}
-    held = {n: [g for g in grids if _fits(g, s[1])] for n, s in shapes.items()}
-    gains = _gains(source, statistics, sensitivity, held, solver)
-    corrections = _corrections(source, statistics, sensitivity, held_out(samples, sensitivity, HELD), held, solver)
-
-    def one(name: str) -> tuple[str, tuple[Price, ...]]:
-        weight, found, curvature = source.weights[name], statistics[name], sensitivity[name]
-        rows, cols = shapes[name]
-        return name, tuple(
-            Price(
-                grid=g,
-                size_bytes=round(rows * cols * grid(g).bits_per_weight(cols) / 8),
-                loss=_rounded(weight, g, found, curvature)
-                * gains.get((kind_of(name), g), 1.0)
-                * corrections[role_of(name)],
-            )
-            for g in held[name]
-        )
-
-    of: dict[str, tuple[Price, ...]] = {}
-    for name, priced in in_parallel(one, list(shapes)):
-        of[name] = priced
-        progress(len(of), len(shapes))
-    weights = {name: rows * cols for name, (rows, cols) in shapes.items()}
-    return Prices(units=units_of(source.config), of=of, weights=weights)
-
-
-def _fits(name: str, cols: int) -> bool:
-    """Whether a grid's blocks divide rows of `cols` columns."""
+) -> GridPrices:
+    """Price every matrix whose columns the grid's blocks fit, not corrected."""
     spec = grid(name)
+    shapes = {n: (s[0], s[1]) for n, s in source.config.parameter_shapes().items() if role_of(n) != "vector"}
+    held = [n for n, (_, cols) in shapes.items() if _fits(spec, cols)]
+    gains = _gains(source, statistics, sensitivity, held, spec, solver)
+
+    def one(n: str) -> tuple[str, Price]:
+        rows, cols = shapes[n]
+        loss = _rounded(source.weights[n], spec, statistics[n], sensitivity[n]) * gains.get(kind_of(n), 1.0)
+        return n, Price(grid=name, size_bytes=round(rows * cols * spec.bits_per_weight(cols) / 8), loss=loss)
+
+    of: dict[str, Price] = {}
+    for n, found in in_parallel(one, held):
+        of[n] = found
+        progress(len(of), len(held))
+    return GridPrices(of=of)
+
+
+def prices(config: DecoderConfig, found: Sequence[GridPrices], corrections: Corrections) -> Prices:
+    """The prices on several grids together, corrected by role."""
+    shapes = {n: s for n, s in config.parameter_shapes().items() if role_of(n) != "vector"}
+
+    def corrected(name: str, price: Price) -> Price:
+        return price.model_copy(update={"loss": price.loss * corrections.of[role_of(name)]})
+
+    return Prices(
+        units=units_of(config),
+        of={n: tuple(corrected(n, prices.of[n]) for prices in found if n in prices.of) for n in shapes},
+        weights={n: shape[0] * shape[1] for n, shape in shapes.items()},
+    )
+
+
+def _fits(spec: GridSpec, cols: int) -> bool:
+    """Whether a grid's blocks divide rows of `cols` columns."""
     return cols % (spec.super_blocks.cols if spec.super_blocks else spec.width(cols)) == 0
 
 
-def _corrections(
-    source: SourceModel,
-    statistics: Statistics,
-    sensitivity: Sensitivity,
-    samples: Samples,
-    held: Mapping[str, Sequence[str]],
-    solver: Plugin,
-) -> dict[Role, float]:
-    """By role: measured / predicted KLD of all matrices of that role together."""
-    shapes, found = source.config.parameter_shapes(), dict[Role, float]()
-    for role in dict.fromkeys(map(role_of, held)):
-        names = [name for name in held if role_of(name) == role]
-        nearest = {
-            name: min(held[name], key=lambda g, cols=shapes[name][1]: abs(grid(g).bits_per_weight(cols) - MIDDLE))  # type: ignore[misc]
-            for name in names
-        }
-        rules = [Rule(match=name, grid=nearest[name], solver=solver) for name in names]
+def correct(
+    source: SourceModel, statistics: Statistics, sensitivity: Sensitivity, samples: Samples, solver: Plugin = GPTQ
+) -> Corrections:
+    """By role: measured / predicted KLD of all matrices of that role together. `samples`: all of the calibration."""
+    names = [name for name in source.config.parameter_shapes() if role_of(name) != "vector"]
+    judged, found = held_out(samples, sensitivity, HELD), dict[Role, float]()
+    for role in dict.fromkeys(map(role_of, names)):
+        rules = [Rule(match=name, grid=MIDDLE, solver=solver) for name in names if role_of(name) == role]
         solved = solve(source, [*rules, Rule(match="*", grid=FLOAT)], statistics).quantized
         predicted = sum(sensitivity[name].loss(source.weights[name], tensor) for name, tensor in solved.items())
-        found[role] = divergence(source, solved, samples) / predicted if predicted > 0 else 1.0
-    return found
+        found[role] = divergence(source, solved, judged) / predicted if predicted > 0 else 1.0
+    return Corrections(of=found)
 
 
-def _rounded(weight: Float, name: str, statistics: InputStatistics, curvature: Curvature) -> float:
+def _rounded(weight: Float, spec: GridSpec, statistics: InputStatistics, curvature: Curvature) -> float:
     """Predicted KLD of weights rounded to nearest."""
     options = rtn.Options(weighted=True, candidates=6, low=0.8, high=1.1, refine=1)
-    return curvature.loss(weight, rtn.Solver().solve(weight, grid(name), statistics, options))
+    return curvature.loss(weight, rtn.Solver().solve(weight, spec, statistics, options))
 
 
 def _gains(
     source: SourceModel,
     statistics: Mapping[str, InputStatistics],
     sensitivity: Sensitivity,
-    held: Mapping[str, Sequence[str]],
+    held: Sequence[str],
+    spec: GridSpec,
     solver: Plugin,
-) -> dict[tuple[str, str], float]:
-    """By kind of matrix and grid: predicted loss of the solver / of RTN, the geometric mean over some layers."""
+) -> dict[str, float]:
+    """By kind of matrix: predicted loss of the solver / of RTN, the geometric mean over some layers."""
     solves: Solver = registry.load("solvers", solver.name)()
     options = registry.options("solvers", solver.name, solver.options)
     assert isinstance(options, SolverOptions)
@@ -218,21 +224,18 @@ def _gains(
     sampled = {round(i * (layers - 1) / max(1, LAYERS - 1)) for i in range(min(LAYERS, layers))}
     names = [n for n in held if role_of(n) != "linear" or int(n.split(".")[1]) in sampled]
 
-    def one(name: str) -> tuple[str, dict[str, float]]:
+    def one(name: str) -> tuple[str, float | None]:
         whole, found, curvature = source.weights[name], statistics[name], sensitivity[name]
         rows = slice(None, None, max(1, len(whole) // ROWS))
         weight, part = np.ascontiguousarray(whole[rows]), Curvature(curvature.moments, curvature.shares[rows].copy())
-        return name, {
-            g: part.loss(weight, solves.solve(weight, grid(g), found, options)) / rounded
-            for g in held[name]
-            if (rounded := _rounded(weight, g, found, part))  # 0 where the source's weights lie on the grid
-        }
+        rounded = _rounded(weight, spec, found, part)  # 0 where the source's weights lie on the grid
+        return name, part.loss(weight, solves.solve(weight, spec, found, options)) / rounded if rounded else None
 
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for name, found in in_parallel(one, names):
-        for g, ratio in found.items():
-            ratios.setdefault((kind_of(name), g), []).append(ratio)
-    return {key: float(np.exp(np.mean(np.log(np.maximum(values, TINY))))) for key, values in ratios.items()}
+    ratios: dict[str, list[float]] = {}
+    for name, ratio in in_parallel(one, names):
+        if ratio is not None:
+            ratios.setdefault(kind_of(name), []).append(max(ratio, TINY))
+    return {kind: float(np.exp(np.mean(np.log(values)))) for kind, values in ratios.items()}
 
 
 def blank(source: SourceModel, rules: Sequence[Rule], statistics: Statistics) -> QuantizedModel:

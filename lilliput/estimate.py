@@ -16,7 +16,6 @@ from lilliput.results import Record
 from lilliput.run import StageKind
 
 GIGA = 10**9
-GRIDS = 8  # that a budget chooses from
 SENSITIVITY_SAMPLES = 16  # calibration.sensitivity.SAMPLES, without importing torch
 FLOAT32_BYTES = 4
 TORCH_BYTES = 700_000_000  # the interpreter with torch and transformers
@@ -29,7 +28,7 @@ GENERATE_S = 0.031  # per sampled token, 48 samples a step
 STATISTICS_S = 0.019  # per token: the forward pass and its second moments
 SOLVE_S = 250.0  # once: GPTQ
 SENSITIVITY_S = 0.065  # per token: forward twice, back, and the weighted second moments
-PRICE_S = 40.0  # per grid: rounding to nearest, and the predicted loss
+PRICE_S = 60.0  # once a grid: rounding to nearest, and the predicted loss
 TRAIN_S = 0.045  # per trained token: forward and backward
 EXPORT_S = 8.0  # once: packing, writing, reading back
 DECODE_S = 0.055  # per decoded token on a runtime
@@ -63,7 +62,8 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "coverage": TOKENIZE_S,
         "statistics": STATISTICS_S * billions * samples,
         "sensitivity": SENSITIVITY_S * billions * min(SENSITIVITY_SAMPLES, calibrated.count) * calibrated.length,
-        "price": PRICE_S * billions * _grids(recipe),
+        "correction": SOLVE_S * billions,
+        "price": PRICE_S * billions,
         "allocate": 3 * EXPORT_S * billions,  # files whose size is counted
         "trace": TRACE_S,
         "reference": forward,
@@ -90,12 +90,6 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
     drawn = min(caches, CACHE_BYTES, weights // 4)
     kept = drawn if calibrated.generated else samples * config.hidden_size * FLOAT32_BYTES
     return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + kept + logits // 2)
-
-
-def _grids(recipe: Recipe) -> int:
-    """How many grids budgets choose from, at most."""
-    budgets = [found for target in recipe.targets if isinstance(found := recipe.quantize_of(target), Budget)]
-    return sum(len(budget.grids) if budget.grids else GRIDS for budget in budgets)
 
 
 def _training_s(recipe: Recipe, billions: float) -> float:

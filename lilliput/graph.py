@@ -5,10 +5,11 @@
             ├─ samples ── statistics ── quantize ───┼─ dequantized ─┐     one of each per distinct set of rules
             └─ trace ─────────────────────┴─ export ┴─ validate ◄───┘     one of each per target
 
-A budget has three stages more. What every matrix costs on every grid is found once, for all targets that have one;
-each of them then gets rules of its own:
+A budget has more stages. What every matrix costs on a grid is found once, for all targets; each of them then gets
+rules of its own:
 
-    samples ── sensitivity ── price ── allocate ── quantize
+    samples ── sensitivity ─┬─ price (one a grid) ─┬─ allocate ── quantize
+                            └─ correction ─────────┘
 
 `recover`, where a recipe asks for it, trains what `quantize` solved, on the samples, and takes its place. A second
 target with the same rules adds one export and one validate. A key is made of the stage's code
@@ -18,7 +19,7 @@ target with the same rules adds one export and one validate. A key is made of th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from lilliput.recipe_schema import FLOAT, Budget, Plugin, Recipe, Recover, Rule,
 from lilliput.run import StageKind
 from lilliput.stages import (
     allocate,
+    correction,
     coverage,
     dequantized,
     evaluation,
@@ -86,10 +88,15 @@ class First:
 
 @dataclass(frozen=True)
 class Priced:
-    """What every matrix costs on every grid that budgets choose from, by one solver."""
+    """What every matrix costs on each grid that budgets choose from, by one solver."""
 
     sensitivity: Stage
-    price: Stage
+    correction: Stage
+    price: Mapping[str, Stage]  # by grid
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (self.sensitivity, self.correction, *self.price.values())
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class Graph:
     samples: Stage | None  # None: no solver needs statistics
     coverage: Stage | None  # of the samples
     statistics: Stage | None
-    priced: tuple[Stage, ...]  # sensitivity and price, where a target has a budget
+    priced: tuple[Stage, ...]  # what budgets choose by, where a target has one
     trace: Stage
     reference: Stage
     targets: tuple[TargetStages, ...]
@@ -175,7 +182,7 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
             label = _label(rules, [s.quantize.subject for s in solutions.values()])
             solution = solutions.setdefault(text, solutions.get(text) or _solution(recipe, rules, wanted, label, first))
         stages.append(_target(target, solution, first, host))
-    both = tuple(dict.fromkeys(stage for price in priced.values() for stage in (price.sensitivity, price.price)))
+    both = tuple(dict.fromkeys(stage for found in priced.values() for stage in found.stages))
     return Graph(recipe, loaded, evaluated, sampled, covered, gathered, both, traced, held, tuple(stages))
 
 
@@ -237,25 +244,44 @@ def _prices(recipe: Recipe, first: First) -> dict[str, Priced]:
         if isinstance(budget, Budget):
             _, grids = wanted.setdefault(_text(budget.solver), (budget.solver, []))
             grids += [name for name in grids_of(target, budget) if name not in grids]
-    return {text: _priced(solver, tuple(grids), recipe.seed, first) for text, (solver, grids) in wanted.items()}
+    sensed = _sensitivity(recipe.seed, first) if wanted else None
+    return {
+        text: _priced(solver, grids, "" if i == 0 else f"#{i + 1}", sensed, first)
+        for i, (text, (solver, grids)) in enumerate(wanted.items())
+        if sensed
+    }
 
 
-def _priced(solver: Plugin, grids: tuple[str, ...], seed: int, first: First) -> Priced:
-    loaded, sampled, gathered = first.source, first.samples, first.statistics
+def _sensitivity(seed: int, first: First) -> Stage:
+    loaded, sampled = first.source, first.samples
     assert sampled is not None
-    assert gathered is not None
-    sensed = Stage(
+    return Stage(
         "sensitivity", "", (loaded, sampled), (), {"seed": seed},
         lambda at, folder, progress: sensitivity.work(at(loaded), at(sampled), seed, folder, progress),
     )  # fmt: skip
-    priced = Stage(
-        "price", solver.name, (loaded, sampled, gathered, sensed), (registry.module_name("solvers", solver.name),),
-        {"grids": grids, "solver": solver.model_dump()},
-        lambda at, folder, progress: price.work(
-            price.Held(*map(at, (loaded, sampled, gathered, sensed))), grids, solver, folder, progress
+
+
+def _priced(solver: Plugin, grids: Sequence[str], number: str, sensed: Stage, first: First) -> Priced:
+    loaded, sampled, gathered = first.source, first.samples, first.statistics
+    assert sampled is not None
+    assert gathered is not None
+    plugins, options = (registry.module_name("solvers", solver.name),), {"solver": solver.model_dump()}
+    corrected = Stage(
+        "correction", number, (loaded, sampled, gathered, sensed), plugins, options,
+        lambda at, folder, progress: correction.work(
+            at(loaded), at(sampled), at(gathered), at(sensed), solver, folder, progress
         ),
     )  # fmt: skip
-    return Priced(sensed, priced)
+
+    def priced(grid: str) -> Stage:
+        return Stage(
+            "price", f"{grid}{number}", (loaded, gathered, sensed), plugins, {**options, "grid": grid},
+            lambda at, folder, progress: price.work(
+                at(loaded), at(gathered), at(sensed), grid, solver, folder, progress
+            ),
+        )  # fmt: skip
+
+    return Priced(sensed, corrected, {grid: priced(grid) for grid in grids})
 
 
 def grids_of(target: Target, budget: Budget) -> tuple[str, ...]:
@@ -271,12 +297,13 @@ def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced:
     """The solution of one target's budget."""
     loaded, traced, gathered, grids = first.source, first.trace, first.statistics, grids_of(target, budget)
     assert gathered is not None
-    exporter = registry.module_name("exporters", target.exporter.name)
+    exporter, found = registry.module_name("exporters", target.exporter.name), [priced.price[grid] for grid in grids]
     allocated = Stage(
-        "allocate", target.name, (loaded, traced, gathered, priced.price), (exporter,),
+        "allocate", target.name, (loaded, traced, gathered, priced.correction, *found), (exporter,),
         {"budget": budget.model_dump(), "grids": grids, **target.model_dump(include={"name", "exporter"})},
         lambda at, folder, progress: allocate.work(
-            allocate.Held(*map(at, (loaded, traced, gathered, priced.price))), target, budget, grids, folder, progress
+            allocate.Held(at(loaded), at(traced), at(gathered), at(priced.correction), tuple(map(at, found))),
+            target, budget, grids, folder, progress,
         ),
     )  # fmt: skip
     solved = Stage(

@@ -24,6 +24,7 @@ StageKind = Literal[
     "reference",
     "statistics",
     "sensitivity",
+    "correction",
     "price",
     "allocate",
     "quantize",

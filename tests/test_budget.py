@@ -70,6 +70,13 @@ def test_each_target_chooses_from_its_own_grids(tmp_path: Path, model: Path) -> 
     assert "mlp.down" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_target_alone_uses_what_was_made_with_the_others(tmp_path: Path, model: Path) -> None:
+    """So a proof of one artifact again, by its manifest, is one of the same codes."""
+    recipe = tiny_recipe.recipe(tmp_path, model, "quantize={budget_mb: 1}", targets=("onnx", "gguf"))
+    both, alone = (pipeline.plan(recipe, tmp_path / "out", targets) for targets in ((), ("gguf",)))
+    assert {s.key for s in alone.stages} <= {s.key for s in both.stages}
+
+
 def test_a_budget_below_the_smallest_file_is_refused_with_its_size(tmp_path: Path, model: Path) -> None:
     recipe = tiny_recipe.recipe(tmp_path, model, "quantize={budget_mb: 0.055}", targets=("gguf",))
     plan = pipeline.plan(recipe, tmp_path / "out")
@@ -95,7 +102,15 @@ def test_the_plan_names_the_stages(tmp_path: Path, model: Path) -> None:
     recipe = tiny_recipe.recipe(tmp_path, model, "quantize={budget_mb: 1}", targets=("onnx", "gguf"))
     plan = pipeline.plan(recipe, tmp_path / "out")
     names = [stage.name for stage in plan.stages]
-    assert {"sensitivity", "price:gptq", "allocate:onnx", "allocate:gguf", "quantize:onnx"} <= set(names)
+    assert {
+        "sensitivity",
+        "correction",
+        "price:int4-b32",
+        "price:int8-b32",
+        "allocate:onnx",
+        "allocate:gguf",
+        "quantize:onnx",
+    } <= set(names)
     assert [target.size_bytes for target in plan.targets] == [MEGA, MEGA]
 
 

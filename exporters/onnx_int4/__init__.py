@@ -40,7 +40,7 @@ class Exporter:
     packages: ClassVar[tuple[str, ...]] = ("onnx",)
     extra: ClassVar[str] = "onnx"
     budget_grids: ClassVar[tuple[str, ...]] = (
-        "int2-b32", "int4-b128", "int4-b64", "int4-b32", "int4-b32-zp-f16", "int4-b16", "int4-b16-zp-f16", "int8-b128",
+        "int2-b32", "int4-b64", "int4-b64-zp-f16", "int4-b32", "int4-b32-zp-f16", "int4-b16-zp-f16", "int8-b64",
     )  # fmt: skip
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:

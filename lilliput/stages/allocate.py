@@ -24,7 +24,7 @@ from lilliput.recipe_schema import MEGA, Budget, Rule, Target
 if TYPE_CHECKING:
     from calibration.allocation import Prices
     from exporters.base import Exporter
-    from lilliput.model import SourceModel
+    from lilliput.model import DecoderConfig, SourceModel
 
 RULES, ALLOCATION = "rules.json", "allocation.json"
 ROUNDS = 5  # of writing a file and counting: the second fits but for the lengths of a few names
@@ -37,17 +37,16 @@ class Held:
     source: Path
     traced: Path
     statistics: Path
-    prices: Path
+    correction: Path
+    prices: tuple[Path, ...]  # by grid
 
 
 def work(held: Held, target: Target, budget: Budget, grids: tuple[str, ...], folder: Path, progress: Progress) -> None:
-    from calibration.allocation import Prices
     from lilliput.source import open_stage
-    from lilliput.stages.price import PRICES
 
     exporter: Exporter = registry.load("exporters", target.exporter.name)()
-    source, prices = open_stage(held.source), Prices.model_validate_json((held.prices / PRICES).read_bytes())
-    allowed = prices.held_by(exporter.refuses, grids, source.config.parameter_shapes())
+    source = open_stage(held.source)
+    allowed = _prices(held, source.config).held_by(exporter.refuses, grids, source.config.parameter_shapes())
     if budget.limit_bytes is None:
         assert budget.bits_per_weight is not None
         found = Allocation(
@@ -62,6 +61,15 @@ def work(held: Held, target: Target, budget: Budget, grids: tuple[str, ...], fol
     rules = [rule.model_dump(mode="json") for rule in _rules(found.choices, budget)]
     (folder / RULES).write_text(json.dumps(rules, indent=1) + "\n")
     progress(1, 1)
+
+
+def _prices(held: Held, config: DecoderConfig) -> Prices:
+    from calibration.allocation import Corrections, GridPrices, prices
+    from lilliput.stages.correction import CORRECTIONS
+    from lilliput.stages.price import PRICES
+
+    found = [GridPrices.model_validate_json((folder / PRICES).read_bytes()) for folder in held.prices]
+    return prices(config, found, Corrections.model_validate_json((held.correction / CORRECTIONS).read_bytes()))
 
 
 def rules_in(folder: Path) -> tuple[Rule, ...]:

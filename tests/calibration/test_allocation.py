@@ -37,7 +37,8 @@ def guided(source: SourceModel, sensed: Sensitivity, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def prices(source: SourceModel, sensed: Sensitivity, guided: Guided) -> Prices:
-    return allocation.prices(source, guided, sensed, random_samples(source), GRIDS)
+    found = [allocation.price(source, guided, sensed, grid) for grid in GRIDS]
+    return allocation.prices(source.config, found, allocation.correct(source, guided, sensed, random_samples(source)))
 
 
 def measured(source: SourceModel, guided: Guided, rules: list[Rule]) -> float:
