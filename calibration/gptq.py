@@ -12,8 +12,8 @@ it by -e U[j, j+1:].
   still make up for it.
 - Static groups: scales and offsets are chosen before, by the search of calibration.scale_search weighted by
   H's diagonal, so that activation order does not need them in the column's order. (Weighted by 1 / U_jj², what an
-  error costs after all others made up for it, the loss on the calibration text was lower, and the KLD on other text
-  was higher with four layers of SmolLM2 quantized.)
+  error costs after all others made up for it, the loss on the calibration text is lower, but with four layers of
+  SmolLM2 quantized the KLD on other text was 0.0070, against 0.0061 to 0.0068 of four searches weighted by H_jj.)
 - Descent: one pass is greedy; `rounds` of coordinate descent on codes and scales follow
   (calibration.coordinate_descent).
 - Lazy updates: within a panel of PANEL columns the changes are applied at once, to the rest of the matrix
