@@ -28,6 +28,7 @@ from benchmarks import peers
 from benchmarks.ours import Judge, Ours
 from benchmarks.scoring import Job, score_all
 from benchmarks.subjects import CONTEXT, Subject
+from lilliput.errors import LilliputError
 from lilliput.results import Accuracy, Record
 from lilliput.texts import EVALUATION_TEXTS
 from targets import machine
@@ -101,7 +102,7 @@ class Ratio(Record):
 
 
 class Quality(Record):
-    """What is written to quality.json. `refused`: what a peer's quantizer does not make, and its reason."""
+    """What is written to quality.json. `refused`: what a peer's quantizer, or ours, does not make, and its reason."""
 
     rows: tuple[Row, ...]
     ratios: tuple[Ratio, ...]
@@ -110,7 +111,7 @@ class Quality(Record):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 where every limit holds, else 1."""
+    """Exit status 0 where every limit holds, else 1: also where one of our files could not be made."""
     options = _parser().parse_args(arguments)
     out: Path = options.out.resolve()
     quality = measure(options.only or PARTS, out, options.chunks, options.workers)
@@ -118,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(quality)
     (out / "quality.md").write_text(text)
     print(text)
-    return 0 if all(ratio.verdict == "PASS" for ratio in quality.ratios) else 1
+    missing = {limit.subject for limit in LIMITS} & set(quality.refused)
+    return 0 if not missing and all(ratio.verdict == "PASS" for ratio in quality.ratios) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,25 +141,32 @@ def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int) -> Qual
     folder, ours = out / "peers", Ours()
     folder.mkdir(parents=True, exist_ok=True)
     subjects: dict[Part, list[Subject]] = {}
-    refused = {}
+    refused: dict[str, str] = {}
     for part in parts:
         subjects[part] = []
         for name in PEERS[part]:
             made = peers.ensure(name, folder, _say)
             subjects[part] += theirs(part, made)
             refused |= failures(made)
-        subjects[part] += [_ours(ours, part, name) for name in ours.uniform(f"{part}-")]
+        subjects[part] += _ours(ours, part, ours.uniform(f"{part}-"), refused)
     weighed = Ours(budgets([subject for found in subjects.values() for subject in found]))
     for part in parts:
-        subjects[part] += [_ours(weighed, part, name) for name in weighed.mixed(f"{part}-")]
+        subjects[part] += _ours(weighed, part, weighed.mixed(f"{part}-"), refused)
     judges = [ours.judge(text, chunks) for text in EVALUATION_TEXTS]
     rows = score([(part, one) for part in parts for one in subjects[part]], judges, out / "scores", workers)
     return Quality(rows=rows, ratios=ratios(rows, LIMITS), refused=refused, chunks=chunks)
 
 
-def _ours(ours: Ours, part: Part, target: str) -> Subject:
-    _say(f"making {target}")
-    return subject(part, "ours", target, ours.file(target))
+def _ours(ours: Ours, part: Part, targets: Sequence[str], refused: dict[str, str]) -> list[Subject]:
+    """The targets' files; one that cannot be made (a budget below all grids, say) is put into `refused`."""
+    found = []
+    for target in targets:
+        _say(f"making {target}")
+        try:
+            found.append(subject(part, "ours", target, ours.file(target)))
+        except LilliputError as error:
+            refused[target] = str(error)
+    return found
 
 
 def budgets(subjects: Sequence[Subject]) -> list[str]:
@@ -234,7 +243,7 @@ def markdown(quality: Quality) -> str:
         if rows:
             lines += ["", *_table(part, rows, texts)]
     refused = [f"- {name}: {reason}" for name, reason in quality.refused.items()]
-    lines += ["", *(["Refused by the peer's own quantizer:", "", *refused, ""] if refused else [])]
+    lines += ["", *(["Not made, and why:", "", *refused, ""] if refused else [])]
     lines += ["| ours | text | mean KLD | wanted | best peer of no fewer bytes | ratio | verdict |"]
     lines += ["| --- | --- | ---: | ---: | --- | ---: | --- |"]
     for ratio in quality.ratios:

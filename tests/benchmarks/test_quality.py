@@ -13,7 +13,7 @@ from tiny_models import source_of, tiny_llama
 from benchmarks import kept, peer_aeq, peer_gguf, peer_onnx, peers, quality
 from benchmarks.ours import Ours
 from benchmarks.quality import Limit, Row
-from lilliput.errors import MeasurementError
+from lilliput.errors import MeasurementError, RecipeError
 from lilliput.model import SourceModel
 from lilliput.results import Accuracy
 
@@ -66,6 +66,21 @@ def test_the_table_says_what_was_refused_and_by_how_much_a_limit_is_met() -> Non
     assert "| **onnx-int4** | ours | 100 | 0.0500 | 90.0% | 10.00 |" in text
     assert "| onnx-int4 | builtin | 0.0500 | ≤ 0.5 x | RTN 0.2000 | 0.25 | PASS |" in text
     assert "- int4-MSE: no blocks" in text
+
+
+def test_one_of_ours_that_cannot_be_made_is_said_and_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing:
+        def file(self, target: str) -> Path:
+            raise RecipeError(f"target {target!r}: budget of 1 MB is too small")
+
+    refused: dict[str, str] = {}
+    assert quality._ours(Failing(), "onnx", ["onnx-int4"], refused) == []  # type: ignore[arg-type]
+    made = quality.Quality(rows=(row("RTN", 120, 0.2),), ratios=(), refused=refused, chunks=8)
+    monkeypatch.setattr(quality, "measure", lambda *_: made)
+    assert quality.main(["--out", str(tmp_path)]) == 1
+    assert "- onnx-int4: target 'onnx-int4': budget of 1 MB is too small" in capsys.readouterr().out
 
 
 def test_a_folder_is_made_once_and_anew_for_another_record(tmp_path: Path) -> None:
