@@ -32,7 +32,7 @@ def importance(config: DecoderConfig, statistics: Statistics) -> dict[str, Float
     return {
         tensor.name: statistics[tensor.parts[0].parameter].second_moments.diagonal().copy()
         for tensor in file_tensors(config)
-        if tensor.parts[0].parameter in statistics and tensor.parts[0].parameter != "head"
+        if tensor.parts[0].parameter in statistics and tensor.parts[0].parameter not in ("head", "embedding")
     }
 
 

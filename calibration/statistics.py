@@ -14,7 +14,7 @@ added up in float64. q, k and v read one input, so do gate and up: they share on
 
     samples.json                    what the samples were, and the number of layers
     layer_{i:03}.safetensors        {input}.second_moments, .minimum, .maximum      float32
-    final.safetensors               the head's input, after the last norm
+    final.safetensors               the head's input, after the last norm; that of a tied embedding, too
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Statistics(Mapping[str, InputStatistics]):
         self._load = lru_cache(maxsize=2)(load_file)
 
     def __getitem__(self, name: str) -> InputStatistics:
-        if name not in self._names:
+        if name not in Statistics.__iter__(self):
             raise KeyError(name)
         file, key = _place(name)
         parts = self._load(self.folder / file)
@@ -79,15 +79,15 @@ class Statistics(Mapping[str, InputStatistics]):
         return InputStatistics(second_moments, low, high, self.samples.tokens)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._names if "head" in self._names else (*self._names, "embedding"))
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._names) + ("head" not in self._names)
 
 
 def _place(name: str) -> tuple[str, str]:
     """The file and the input of linear `name`."""
-    if name == "head":
+    if name in ("head", "embedding"):
         return "final.safetensors", "head.input"
     _, index, inner = name.split(".", 2)
     return f"layer_{int(index):03}.safetensors", INPUTS[inner]

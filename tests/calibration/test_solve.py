@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny_source
 
 from calibration import rtn
+from calibration.output_error import output_error
 from calibration.samples import Provenance, Samples
 from calibration.solve import solve
 from calibration.statistics import Statistics, gather
@@ -104,6 +105,18 @@ def test_a_solver_that_needs_statistics_says_so_before_any_work(source: SourceMo
         solve(source, rules(TABLES | {"match": "embedding"}, LAYERS), None)
 
 
-def test_a_table_has_no_statistics(source: SourceModel, found: Statistics) -> None:
+def test_a_tied_table_has_the_statistics_of_the_head_and_another_none(found: Statistics, tmp_path: Path) -> None:
+    tied, untied = (tiny_source(tmp_path / str(t), tie_word_embeddings=t) for t in (True, False))
+    solved = solve(tied, rules({**TABLES, "solver": "gptq"}), found).quantized["embedding"]
+    rounded = solve(tied, rules(TABLES), found).quantized["embedding"]
+    errors = [
+        output_error(tied.weights["embedding"] - t.dequantize(), found["embedding"].second_moments)
+        for t in (solved, rounded)
+    ]
+    assert errors[0] < errors[1]
+    tokens = np.random.default_rng(0).integers(0, 320, (2, 64)).astype(np.int32)
+    its = gather(
+        untied, Samples(tokens, Provenance("text", "random tokens", "5" * 64, *tokens.shape)), tmp_path / "its"
+    )
     with pytest.raises(CalibrationError, match="gptq needs calibration statistics, and there are none: use rtn"):
-        solve(source, rules({**TABLES, "solver": "gptq"}), found)
+        solve(untied, rules({**TABLES, "solver": "gptq"}), its)
