@@ -248,8 +248,8 @@ class Recover(Strict):
     minutes: float | None = Field(default=None, gt=0)  # ends the training where that is sooner
     match: str = Field(default="layers.*", min_length=1)  # the matrices that are trained
     learning_rate: float = Field(default=0.005, ge=0)
-    scale_learning_rate: float = Field(default=0.001, ge=0)
-    float_learning_rate: float = Field(default=0.001, ge=0)  # of norms and biases
+    scale_learning_rate: float = Field(default=0.0005, ge=0)
+    float_learning_rate: float = Field(default=0.0005, ge=0)  # of norms and biases, relative to their mean size
     rank: int = Field(default=16, ge=1)  # of adapters
     alpha: float = Field(default=32.0, gt=0)  # of adapters: they are added alpha / rank times
     adapter_learning_rate: float = Field(default=0.001, ge=0)
