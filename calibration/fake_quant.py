@@ -39,11 +39,12 @@ from lilliput.errors import CalibrationError
 from lilliput.grid import FLOAT16_MAX, FLOAT16_TINY, GridSpec, QuantizedTensor, ScaleDtype
 
 BFLOAT16_MAX = 65280.0  # the largest number that bfloat16 and float16 both hold
+ALL = frozenset("utv")
 EDGE = 0.49  # of a step: how far a position may lie outside the outermost codes
 
 
 class FakeQuant:
-    """A matrix in training. `parameters` are the tensors that an optimizer moves, by the names above."""
+    """A matrix in training. `parameters` are the tensors that an optimizer may move, by the names above."""
 
     def __init__(self, solved: QuantizedTensor, device: str = "cpu") -> None:
         """Start at `solved`."""
@@ -101,15 +102,17 @@ class FakeQuant:
         codes *= scales
         return codes if minimum is None else codes.add_(self._spread(minimum))
 
-    def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
-        """From the gradient by the values (rows, cols), those by the parameters."""
-        scales, steps = self.scales(), self.codes()
-        if self.zero_points is not None:
-            steps -= self._spread(self.zero_points)
-        found = {"u": gradient * self._spread(scales)}
-        if "t" in self.parameters:
+    def gradients(self, gradient: Tensor, kinds: frozenset[str] = ALL) -> dict[str, Tensor]:
+        """From the gradient by the values (rows, cols), those by the parameters of these kinds."""
+        scales, found = self.scales(), {}
+        if "u" in kinds:
+            found["u"] = gradient * self._spread(scales)
+        if "t" in kinds and "t" in self.parameters:
+            steps = self.codes()
+            if self.zero_points is not None:
+                steps -= self._spread(self.zero_points)
             found["t"] = self._block_sums(steps.mul_(gradient)).mul_(scales)
-        if "v" in self.parameters:
+        if "v" in kinds and "v" in self.parameters:
             found["v"] = self._block_sums(gradient).mul_(self.base)
         return found
 

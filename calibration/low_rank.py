@@ -30,7 +30,7 @@ class Adapter:
         """(rows, cols) float32."""
         return torch.addmm(self.base, self.parameters["b"], self.parameters["a"], alpha=self.factor)
 
-    def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
+    def gradients(self, gradient: Tensor, kinds: frozenset[str] = frozenset("ab")) -> dict[str, Tensor]:
         """From the gradient by the values (rows, cols), those by the parameters."""
         a, b = self.parameters["a"], self.parameters["b"]
         return {"a": self.factor * (b.T @ gradient), "b": self.factor * (gradient @ a.T)}

@@ -10,12 +10,16 @@ by positions, stretches and shifts → Adam (Kingma and Ba 2014, arXiv:1412.6980
 cosine down to zero, so that positions settle. Progress through that schedule is steps done of `steps`, or time passed
 of `minutes` where that is more: with steps alone, training twice gives the same bits.
 
+By default scales, minima and norms are trained, and codes stay (`learning_rate` 0). On SmolLM2-135M at int4-b32, 30,000
+tokens of that, at rates 0.0003 and 0.0005, took the KLD on six chunks of other text from 0.063 to 0.054. With codes
+trained at a rate of 0.04 as well, 0.8 % of them changed, and it rose from 0.068 to 0.151 (four chunks).
+
 A few sequences are never trained on: the divergence on them before and after is reported, and where it did not fall
 the solved model is kept.
 
-Memory, bytes a trained weight: 4 its value, 4 its position, 8 Adam's moments, 8 gradients; activations of `micro_batch`
-sequences; teacher's hidden states, 2 a number. Every CHECKPOINT_S seconds the state is written, so that a
-killed training goes on from there, to the same result: training.safetensors in its work folder.
+Memory, bytes a weight: 4 its value, 4 its position, 4 its gradient, 12 more where codes are trained; activations of
+`micro_batch` sequences; the teacher's hidden states, 2 a number. Every CHECKPOINT_S seconds the state is written, so
+that a killed training goes on from there, to the same result: training.safetensors in its work folder.
 """
 
 from __future__ import annotations
@@ -162,6 +166,7 @@ class Trainer:
         }
         for parameter in [*self.floats.values(), *map(self._parameter, self.fakes)]:
             parameter.requires_grad_(True)
+        self.rates = _rates(options)
         self.optimizer = self._optimizer()
 
     def _parameter(self, name: str) -> torch.nn.Parameter:
@@ -180,16 +185,12 @@ class Trainer:
         return torch.cat(parts).to(torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
 
     def _optimizer(self) -> torch.optim.Adam:
-        rates = {
-            "u": self.options.learning_rate,
-            "v": self.options.learning_rate,
-            "t": self.options.scale_learning_rate,
-            "a": self.options.adapter_learning_rate,
-            "b": self.options.adapter_learning_rate,
-        }
         groups = [
-            {"params": [fake.parameters[kind] for fake in self.fakes.values() if kind in fake.parameters], "rate": rate}
-            for kind, rate in rates.items()
+            {
+                "params": [fake.parameters[kind] for fake in self.fakes.values() if kind in fake.parameters],
+                "rate": rate,
+            }
+            for kind, rate in self.rates.items()
         ]
         for parameter in self.floats.values():  # their sizes differ by tens: a rate is relative to the mean size
             size = float(parameter.detach().abs().mean()) or 1.0
@@ -205,11 +206,12 @@ class Trainer:
             loss = self._divergence(self.tokens[ids], self.answers[ids], self.options.checkpointing)
             (loss / (len(chosen) * self.length)).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+        kinds = frozenset(self.rates)
         with torch.no_grad():
             for name, fake in self.fakes.items():
                 parameter = self._parameter(name)
                 assert parameter.grad is not None
-                for kind, gradient in fake.gradients(parameter.grad).items():
+                for kind, gradient in fake.gradients(parameter.grad, kinds).items():
                     fake.parameters[kind].grad = gradient
                 parameter.grad = None
         for group in self.optimizer.param_groups:
@@ -267,8 +269,10 @@ class Trainer:
 
     def _trained(self) -> dict[str, Tensor]:
         """Every tensor that the optimizer moves, by name."""
-        positions = {f"{name}.{kind}": t for name, fake in self.fakes.items() for kind, t in fake.parameters.items()}
-        return positions | dict(self.floats)
+        found: dict[str, Tensor] = dict(self.floats)
+        for name, fake in self.fakes.items():
+            found |= {f"{name}.{kind}": tensor for kind, tensor in fake.parameters.items() if kind in self.rates}
+        return found
 
     def save(self, path: Path, state: State) -> None:
         """Write the training's state, all or nothing."""
@@ -297,6 +301,18 @@ class Trainer:
                     "exp_avg_sq": file.get_tensor(f"{name}:v").to(self.device),
                 }
         return state
+
+
+def _rates(options: Recover) -> dict[str, float]:
+    """Adam's rate of each kind of parameter that is trained: those above zero."""
+    found = {
+        "u": options.learning_rate,
+        "v": options.scale_learning_rate,
+        "t": options.scale_learning_rate,
+        "a": options.adapter_learning_rate,
+        "b": options.adapter_learning_rate,
+    }
+    return {kind: rate for kind, rate in found.items() if rate}
 
 
 def _part(name: str, tensor: QuantizedTensor, options: Recover) -> FakeQuant | Adapter:

@@ -5,10 +5,10 @@ Every nn.Linear and nn.Conv2d of a plain torch module is trained in its place:
     weight   (out, in · kernel) per output channel, by calibration.fake_quant on `weight_grid`
     input    x̂ = s · (clamp(round(x / s) + z, qmin, qmax) − z), per tensor
 
-s and z are observed first (calibration.activations). s is then learned in logarithm, as LSQ does (Esser et al. 2019, arXiv:1902.08153): rounding passes gradients straight
-through, clamping passes them to s alone. z stays, so that zero stays a code (padding). The rounding is ONNX's
-QuantizeLinear: to even, before the zero point is added. Biases stay in float: a runtime's int32 bias on the scale
-s · weight scale is finer than anything here.
+s and z are observed first (calibration.activations). s is then learned in logarithm, as LSQ does (Esser et al. 2019,
+arXiv:1902.08153): rounding passes gradients straight through, clamping passes them to s alone. z stays, so that zero
+stays a code (padding). The rounding is ONNX's QuantizeLinear: to even, before the zero point is added. Biases stay in
+float: a runtime's int32 bias on the scale s · weight scale is finer than anything here.
 
 The loss is the divergence of the float model's class probabilities: no labels are needed. Batch norms must be folded
 before (torch.nn.utils.fusion.fuse_conv_bn_eval), as a static file has none.

@@ -247,13 +247,13 @@ class Recover(Strict):
     steps: int | None = Field(default=None, ge=1)  # DEFAULT_STEPS where no minutes are given either
     minutes: float | None = Field(default=None, gt=0)  # ends the training where that is sooner
     match: str = Field(default="layers.*", min_length=1)  # the matrices that are trained
-    learning_rate: float = Field(default=0.005, ge=0)
+    learning_rate: float = Field(default=0.0, ge=0)  # 0: codes stay as they were solved (calibration.qat says why)
     scale_learning_rate: float = Field(default=0.0005, ge=0)
     float_learning_rate: float = Field(default=0.0005, ge=0)  # of norms and biases, relative to their mean size
     rank: int = Field(default=16, ge=1)  # of adapters
     alpha: float = Field(default=32.0, gt=0)  # of adapters: they are added alpha / rank times
     adapter_learning_rate: float = Field(default=0.001, ge=0)
-    batch: int = Field(default=4, ge=1)  # sequences a step
+    batch: int = Field(default=2, ge=1)  # sequences a step
     micro_batch: int = Field(default=2, ge=1)  # sequences at a time
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -24,7 +24,7 @@ from lilliput.model import QuantizedModel, SourceModel, role_of
 from lilliput.recipe_schema import Recover
 from lilliput.trace import trace
 
-QUICK = Recover(steps=12, learning_rate=0.03, precision="float32")
+QUICK = Recover(steps=12, learning_rate=0.03, scale_learning_rate=0.005, precision="float32")
 
 
 def samples(count: int = 12, length: int = 24) -> Samples:
@@ -157,7 +157,7 @@ def test_micro_batches_and_checkpointing_change_no_gradient(source: SourceModel)
         taken: list[torch.Tensor] = []
         fake = trainer.fakes["layers.0.mlp.down"]
         whole = fake.gradients
-        fake.gradients = lambda g, whole=whole, taken=taken: taken.append(g.clone()) or whole(g)  # type: ignore[method-assign]
+        fake.gradients = lambda g, kinds, whole=whole, taken=taken: taken.append(g.clone()) or whole(g, kinds)  # type: ignore[method-assign]
         trainer.step(0, 1.0)
         gradients.append(taken[0])
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)
