@@ -39,7 +39,7 @@ Statistics = dict[str, Any]  # ai-edge-quantizer's own records, by `Operator.rea
 ALGORITHMS = {"min-max": "min_max_uniform_quantize", "OCTAV": "OCTAV", "MSE": "MSE", "GPTQ": "GPTQ"}
 MIN_MAX = ALGORITHMS["min-max"]
 PREFILL = 128
-CALIBRATION_CHUNKS = 32  # of PREFILL tokens
+CALIBRATION_CHUNKS = 16  # of PREFILL tokens; its calibrator keeps a Hessian of every output too, and takes minutes
 MASKED = -1e4
 MARK = "::"  # between a signature's name and a tensor's
 
