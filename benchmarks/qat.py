@@ -83,17 +83,23 @@ class Judge:
 def run(arguments: argparse.Namespace) -> Iterator[Result]:
     """Each row as it comes."""
     out: Path = arguments.out
-    keep(out / "source", {"model": arguments.model}, lambda folder: load(arguments.model, folder, proof=False) and None)
-    source = open_stage(out / "source")
-    options = samples.SampleOptions(samples="builtin", count=arguments.count, length=LENGTH)
-    taken = samples.gather(source, options)
-    keep(out / "statistics", {"samples": taken.provenance.sha256, "count": str(arguments.count)},
-         lambda folder: statistics.gather(source, taken, folder) and None)  # fmt: skip
+
+    def made_source(folder: Path) -> None:
+        load(arguments.model, folder, proof=False)
+
+    source = open_stage(keep(out / "source", {"model": arguments.model}, made_source))
+    taken = samples.gather(source, samples.SampleOptions(samples="builtin", count=arguments.count, length=LENGTH))
+
+    def gathered(folder: Path) -> None:
+        statistics.gather(source, taken, folder)
+
+    record = {"samples": taken.provenance.sha256, "count": str(arguments.count)}
+    found = Statistics(keep(out / "statistics", record, gathered))
     judge = Judge.of(source, arguments.chunks, out / "logits")
     for grid in arguments.grid:
         for name, solver in PTQ.items():
             started = time.perf_counter()
-            model = solve(source, rules(grid, solver), Statistics(out / "statistics"))
+            model = solve(source, rules(grid, solver), found)
             minutes = (time.perf_counter() - started) / 60
             yield judge.result(grid, name, model, minutes)
             if name == START:
@@ -123,8 +129,8 @@ def train(
         (result / "recovery.json").write_text(json.dumps(asdict(found), indent=2) + "\n")
 
     keep(folder, {"options": options.model_dump_json(), "count": str(arguments.count)}, make)
-    found = json.loads((folder / "recovery.json").read_text())
-    return checkpoint.load(folder), found["steps"], found["seconds"]
+    cost = json.loads((folder / "recovery.json").read_text())
+    return checkpoint.load(folder), cost["steps"], cost["seconds"]
 
 
 HEADER = (
