@@ -9,10 +9,12 @@ nearest, and its loss multiplied by what the solver makes of it (loss of the sol
 over LAYERS layers and ROWS rows of each kind of matrix, measured for every grid. What is
 chosen is then solved in full.
 
-Linear layers, embedding and head have a correction each, from a direct measurement: all matrices of the role, solved on
-the grid MIDDLE, against the float model on samples that the sensitivity does not come from. Measured / predicted KLD
-stands for what the sum leaves out: errors that add up from layer to layer, and solvers that fit the samples which the
-prediction comes from.
+The prices are corrected by what all matrices give when they are solved on one grid, MIDDLE:
+
+    each matrix   loss of the solver / price: where inputs have outliers a solver gains more than elsewhere
+    each role     (linear layers, embedding, head) KLD measured / sum of the losses, on samples that the sensitivity
+                  does not come from: errors that add up from layer to layer, and solvers that fit the samples which
+                  the prediction comes from
 
 Solvers minimise what the allocation counts: the second moments that they are given are those that are weighted by
 the gradients, for the tied embedding too (calibration.sensitivity.Guided).
@@ -67,9 +69,9 @@ class GridPrices(Record):
 
 
 class Corrections(Record):
-    """Measured / predicted KLD by role."""
+    """What a matrix's prices are multiplied by."""
 
-    of: dict[Role, float]
+    of: dict[str, float]
 
 
 class Prices(Record):
@@ -170,11 +172,11 @@ def price(
 
 
 def prices(config: DecoderConfig, found: Sequence[GridPrices], corrections: Corrections) -> Prices:
-    """The prices on several grids together, corrected by role."""
+    """The prices on several grids together, corrected."""
     shapes = {n: s for n, s in config.parameter_shapes().items() if role_of(n) != "vector"}
 
     def corrected(name: str, price: Price) -> Price:
-        return price.model_copy(update={"loss": price.loss * corrections.of[role_of(name)]})
+        return price.model_copy(update={"loss": price.loss * corrections.of[name]})
 
     return Prices(
         units=units_of(config),
@@ -191,14 +193,19 @@ def _fits(spec: GridSpec, cols: int) -> bool:
 def correct(
     source: SourceModel, statistics: Statistics, sensitivity: Sensitivity, samples: Samples, solver: Plugin = GPTQ
 ) -> Corrections:
-    """By role: measured / predicted KLD of all matrices of that role together. `samples`: all of the calibration."""
+    """What the prices are multiplied by, matrix by matrix. `samples`: all of the calibration."""
     names = [name for name in source.config.parameter_shapes() if role_of(name) != "vector"]
-    judged, found = held_out(samples, sensitivity, HELD), dict[Role, float]()
+    priced = price(source, statistics, sensitivity, MIDDLE, solver).of
+    judged, found = held_out(samples, sensitivity, HELD), dict[str, float]()
     for role in dict.fromkeys(map(role_of, names)):
         rules = [Rule(match=name, grid=MIDDLE, solver=solver) for name in names if role_of(name) == role]
         solved = solve(source, [*rules, Rule(match="*", grid=FLOAT)], statistics).quantized
-        predicted = sum(sensitivity[name].loss(source.weights[name], tensor) for name, tensor in solved.items())
-        found[role] = divergence(source, solved, judged) / predicted if predicted > 0 else 1.0
+        losses = {name: sensitivity[name].loss(source.weights[name], tensor) for name, tensor in solved.items()}
+        predicted = sum(losses.values())
+        scale = divergence(source, solved, judged) / predicted if predicted > 0 else 1.0
+        for name, loss in losses.items():
+            guess = priced[name].loss if name in priced else 0.0
+            found[name] = scale * (loss / guess if guess > 0 and loss > 0 else 1.0)
     return Corrections(of=found)
 
 

@@ -1,4 +1,4 @@
-"""Measure how far the predicted losses are off, by role of matrix: corrections.json."""
+"""Measure how far the predicted losses are off, matrix by matrix: corrections.json."""
 
 from __future__ import annotations
 
