@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import FLOAT, Budget, Recipe, Rule, parameter_count
+from lilliput.recipe_schema import FLOAT, Budget, Recipe, Recover, Rule, parameter_count
 from lilliput.results import Record
 from lilliput.run import StageKind
 
@@ -89,14 +89,31 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
     caches = 2 * config.num_layers * config.num_kv_heads * config.head_dim * samples * FLOAT32_BYTES
     drawn = min(caches, CACHE_BYTES, weights // 4)
     kept = drawn if calibrated.generated else samples * config.hidden_size * FLOAT32_BYTES
-    return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + 3 * weights + kept + logits // 2)
+    trained = max((_training_bytes(r, config, calibrated.length) for r in _trainings(recipe)), default=0)
+    ram = max(3 * weights + kept + logits // 2, trained)
+    return Estimate(seconds=seconds, disk_bytes=disk, ram_bytes=TORCH_BYTES + ram)
 
 
 def _training_s(recipe: Recipe, billions: float) -> float:
     """The longest training of a target."""
     tokens = recipe.calibration.length
-    wanted = [recover for target in recipe.targets if (recover := recipe.recover_of(target))]
-    return max((min(TRAIN_S * billions * r.limits[0] * r.batch * tokens, r.limits[1]) for r in wanted), default=0.0)
+    return max(
+        (min(TRAIN_S * billions * r.limits[0] * r.batch * tokens, r.limits[1]) for r in _trainings(recipe)), default=0.0
+    )
+
+
+def _trainings(recipe: Recipe) -> list[Recover]:
+    return [recover for target in recipe.targets if (recover := recipe.recover_of(target))]
+
+
+def _training_bytes(wanted: Recover, config: DecoderConfig, length: int) -> int:
+    """Values, positions and gradients of the weights, Adam's moments of codes, and activations of all layers."""
+    numbers = 3 + (3 if wanted.learning_rate else 0)
+    layers = 1 if wanted.checkpointing else config.num_layers
+    inner = 12 * config.hidden_size + 6 * config.intermediate_size  # numbers kept of a token in a layer
+    attention = 3 * config.num_heads * length
+    activations = wanted.micro_batch * length * layers * (inner + attention)
+    return FLOAT32_BYTES * (numbers * parameter_count(config) + activations)
 
 
 def artifact_bytes(assigned: Mapping[str, Rule], config: DecoderConfig) -> int:
