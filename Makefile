@@ -14,7 +14,7 @@ ifneq (,$(shell grep -m1 -w amx_tile /proc/cpuinfo 2>/dev/null))
 NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 export CMAKE_ARGS ?= -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'
 # a wheel that pip kept from an earlier build may have it still
-LLAMA_CPP := $(shell grep '^llama-cpp-python==' constraints.txt)
+LLAMA_CPP := $(shell grep '^llama_cpp_python==' constraints.txt)
 endif
 
 .PHONY: install demo test bench lint unit package clean
