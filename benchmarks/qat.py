@@ -36,6 +36,7 @@ LENGTH = 512
 TEXTS = ("builtin", "docstrings")
 PTQ: dict[str, str | list[str]] = {"RTN": "rtn", "GPTQ": "gptq", "AWQ, GPTQ": ["awq", "gptq"]}
 HELD_OUT = "samples"
+FEW_BITS_RATE = 0.001
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def train(
     source: SourceModel, start: QuantizedModel, taken: Samples, arguments: argparse.Namespace, folder: Path
 ) -> tuple[QuantizedModel, int, float]:
     """The trained model, its steps and seconds; from `folder` where it was trained with the same options before."""
-    options = Recover.model_validate({"minutes": arguments.minutes} | json.loads(arguments.options))
+    rates = {"scale_learning_rate": FEW_BITS_RATE, "float_learning_rate": FEW_BITS_RATE} if few_bits(start) else {}
+    options = Recover.model_validate({"minutes": arguments.minutes} | rates | json.loads(arguments.options))
 
     def make(result: Path) -> None:
         model, found = qat.recover(source, start, taken, options, folder.with_name(f"{folder.name}.unfinished"))
@@ -138,6 +140,11 @@ def train(
     keep(folder, {"options": options.model_dump_json(), "count": str(arguments.count)}, make)
     cost = json.loads((folder / "recovery.json").read_text())
     return checkpoint.load(folder), cost["steps"], cost["seconds"]
+
+
+def few_bits(model: QuantizedModel) -> bool:
+    """Below 4: more is to be mended, at a higher rate."""
+    return min(tensor.spec.bits for tensor in model.quantized.values()) < 4
 
 
 HEADER = (
