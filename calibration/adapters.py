@@ -13,7 +13,7 @@ the files that we ship do not have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,8 +38,9 @@ def recover(
     """The model with adapters trained, merged and solved again; `solved` where that is no better."""
     trainer = qat.Trainer(source, solved, samples, options)
     found = qat.trained(trainer, options, work, progress)
-    full = merged(source, solved, adapters_of(trainer))
-    model = solved_again(full, solved, statistics.gather(full, samples, work / "statistics"))
+    adapters = adapters_of(trainer)
+    full = merged(source, solved, adapters)
+    model = solved_again(full, solved, adapters, statistics.gather(full, samples, work / "statistics"))
     after = trainer.divergence_of(model)
     found = replace(found, kld_unmerged=found.kld_after, kld_after=after, kept=after < found.kld_before)
     return (model if found.kept else solved), found
@@ -74,13 +75,14 @@ def merged(source: SourceModel, solved: QuantizedModel, adapters: Mapping[str, L
     return replace(source, weights=Merged(source, solved, adapters))
 
 
-def solved_again(full: SourceModel, solved: QuantizedModel, found: Statistics) -> QuantizedModel:
-    """`solved`, with every matrix of which there are statistics solved anew from `full` on the grid that it has."""
+def solved_again(
+    full: SourceModel, solved: QuantizedModel, names: Iterable[str], found: Statistics
+) -> QuantizedModel:
+    """`solved`, with the matrices `names` solved anew from `full`, each on the grid that it has."""
     quantized = dict(solved.quantized)
-    for name in quantized:
-        if name in found and name != "head":
-            weight, spec = full.weights[name], quantized[name].spec
-            quantized[name] = gptq.Solver().solve(weight, spec, found[name], gptq.Options())
-            quantized[name].check(name)
+    for name in names:
+        weight, spec = full.weights[name], quantized[name].spec
+        quantized[name] = gptq.Solver().solve(weight, spec, found[name], gptq.Options())
+        quantized[name].check(name)
     note = {"recovered": "low-rank adapters, merged and solved again by gptq"}
     return replace(solved, quantized=quantized, provenance={**solved.provenance, **note})
