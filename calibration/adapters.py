@@ -75,9 +75,7 @@ def merged(source: SourceModel, solved: QuantizedModel, adapters: Mapping[str, L
     return replace(source, weights=Merged(source, solved, adapters))
 
 
-def solved_again(
-    full: SourceModel, solved: QuantizedModel, names: Iterable[str], found: Statistics
-) -> QuantizedModel:
+def solved_again(full: SourceModel, solved: QuantizedModel, names: Iterable[str], found: Statistics) -> QuantizedModel:
     """`solved`, with the matrices `names` solved anew from `full`, each on the grid that it has."""
     quantized = dict(solved.quantized)
     for name in names:
