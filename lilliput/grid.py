@@ -181,6 +181,12 @@ def round_scale(values: npt.ArrayLike, dtype: ScaleDtype) -> Float:
     return half if dtype == "float16" else _round_bfloat16(np.clip(half, -65280.0, 65280.0))
 
 
+def narrowest(*parts: Float) -> ScaleDtype:
+    """The narrowest dtype that holds all of these scales and minima: the formats of others do not name it."""
+    candidates: tuple[ScaleDtype, ...] = ("bf16_f16", "float16")
+    return next((d for d in candidates if all(np.array_equal(round_scale(p, d), p) for p in parts)), "float32")
+
+
 def _round_bfloat16(x: Float) -> Float:
     """Round to nearest even at bfloat16's 8 significant bits.
 

@@ -18,6 +18,7 @@ from lilliput.grid import (
     QuantizedTensor,
     concatenate_rows,
     grid,
+    narrowest,
     round_scale,
     take_rows,
 )
@@ -213,3 +214,10 @@ def test_parts_that_leave_a_super_block_are_refused() -> None:
     zeros = QuantizedTensor(grid("iq4_nl"), np.zeros((1, 32), np.int8), np.ones((1, 1), np.float32))
     with pytest.raises(GridError, match="codebook"):
         zeros.check("w")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(0.5, "bf16_f16"), (1 + 2**-9, "float16"), (0.1, "float32"), (1e-30, "float32")]
+)
+def test_the_narrowest_scale_dtype_is_named(value: float, dtype: str) -> None:
+    assert narrowest(np.full((2, 1), value, dtype=np.float32)) == dtype

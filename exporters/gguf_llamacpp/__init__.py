@@ -1,7 +1,7 @@
 """GGUF for llama.cpp: one file with weights in blocks of 32 or 256, the model's metadata and its tokenizer.
 
-A matrix on a grid is packed into the block type that holds the grid exactly (blocks.py); what stays in float is
-F16 where that is exact, else F32: never a silent rounding. llama.cpp computes a product with a quantized matrix on
+A matrix on a grid is packed into the block type that holds the grid exactly (lilliput.ggml.blocks); what stays in float
+is F16 where that is exact, else F32: never a silent rounding. llama.cpp computes a product with a quantized matrix on
 activations rounded to 8 bits, with an F16 matrix on activations rounded to float16, with an F32 matrix in
 float32. So the exact twin has every matrix as its dequantized F32.
 
@@ -22,10 +22,11 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as BlockType
 
 from exporters.base import ExporterOptions
-from exporters.gguf_llamacpp import blocks, metadata, tensors, vocabulary
+from exporters.gguf_llamacpp import metadata, tensors, vocabulary
 from lilliput import families
 from lilliput.artifact import Artifact
 from lilliput.errors import ArtifactError, ExportError, MissingPackageError, SourceError
+from lilliput.ggml import blocks
 from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows, grid, take_rows
 from lilliput.model import DecoderConfig, QuantizedModel, Role, TracedModel
 

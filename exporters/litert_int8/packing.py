@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from lilliput.grid import Float, GridSpec, ScaleDtype, round_scale
+from lilliput.grid import GridSpec
 
 BLOCK_MULTIPLE = 32  # XNNPACK's 4-bit kernels walk a row in steps of 32
 
@@ -63,9 +63,3 @@ def unpack_nibbles(data: npt.NDArray[np.uint8], shape: tuple[int, int]) -> npt.N
     """(rows * cols / 2,) uint8 → (rows, cols) int8 codes in [-8, 7]; the inverse of `pack_nibbles`."""
     nibbles = np.stack([data & 15, data >> 4], axis=1).reshape(shape).astype(np.int8)
     return np.asarray((nibbles ^ 8) - 8, dtype=np.int8)
-
-
-def scale_dtype(scales: Float) -> ScaleDtype:
-    """The narrowest scale dtype that holds all of `scales`: a file with float32 scales does not say."""
-    candidates: tuple[ScaleDtype, ...] = ("bf16_f16", "float16")
-    return next((d for d in candidates if np.array_equal(round_scale(scales, d), scales)), "float32")

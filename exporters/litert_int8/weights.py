@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.litert_int8.flatbuffer import Blocks, Graph, StoredTensor, read_constants
-from exporters.litert_int8.packing import pack_nibbles, scale_dtype, unpack_nibbles
+from exporters.litert_int8.packing import pack_nibbles, unpack_nibbles
 from lilliput.errors import ArtifactError, ExportError
-from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows, take_rows
+from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows, narrowest, take_rows
 from lilliput.model import QuantizedModel
 
 
@@ -134,4 +134,4 @@ def unpack(stored: StoredTensor) -> QuantizedTensor | Float:
     if isinstance(stored.scales, Blocks):
         return QuantizedTensor(GridSpec(bits, stored.scales.block_size), codes, stored.scales.scales.astype(np.float32))
     scales = stored.scales.reshape(-1, 1)
-    return QuantizedTensor(GridSpec(bits, 0, "none", scale_dtype(scales)), codes, scales)
+    return QuantizedTensor(GridSpec(bits, 0, "none", narrowest(scales)), codes, scales)

@@ -12,7 +12,7 @@ from tiny_models import VOCAB_SIZE, tiny_source
 from benchmarks import peer_gguf, runtimes
 from benchmarks.child import Reply, Request, read_bandwidth_gb_s
 from benchmarks.subjects import Subject
-from exporters.gguf_llamacpp import blocks
+from lilliput.ggml import blocks
 from lilliput.grid import grid
 from lilliput.results import DepthLatency, Latency
 

@@ -23,13 +23,13 @@ from test_solvers import loss, matrix, statistics
 from calibration import gptq, rtn
 from calibration.base import InputStatistics
 from calibration.scale_search import SearchOptions, find_blocks, nearest
-from exporters.gguf_llamacpp import blocks as gguf_blocks
 from exporters.litert_int8 import operators
 from exporters.litert_int8 import weights as litert_weights
 from exporters.litert_int8.flatbuffer import Model
 from exporters.onnx_int4 import packing as onnx_packing
 from lilliput import registry
 from lilliput.errors import CalibrationError
+from lilliput.ggml import blocks as gguf_blocks
 from lilliput.grid import COMMON_GRIDS, GGUF_GRIDS, Float, GridSpec, QuantizedTensor, grid
 
 ROWS, COLS = 8, 512

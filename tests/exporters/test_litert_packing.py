@@ -55,10 +55,3 @@ def test_first_code_lies_in_the_low_nibble() -> None:
 def test_nibbles_round_trip(rows: int, pairs: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(-8, 8, (rows, 2 * pairs)).astype(np.int8)
     assert np.array_equal(packing.unpack_nibbles(packing.pack_nibbles(codes), codes.shape), codes)
-
-
-@pytest.mark.parametrize(
-    ("value", "dtype"), [(0.5, "bf16_f16"), (1 + 2**-9, "float16"), (0.1, "float32"), (1e-30, "float32")]
-)
-def test_the_narrowest_scale_dtype_is_named(value: float, dtype: str) -> None:
-    assert packing.scale_dtype(np.full((2, 1), value, dtype=np.float32)) == dtype

@@ -16,9 +16,9 @@ from grid_cases import random_codes, with_super_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporters.gguf_llamacpp import blocks
-from exporters.gguf_llamacpp.planes import Bytes, pack_scales, unpack_scales
 from lilliput.errors import ArtifactError
+from lilliput.ggml import blocks
+from lilliput.ggml.planes import Bytes, pack_scales, unpack_scales
 from lilliput.grid import GGUF_GRIDS, Float, GridSpec, QuantizedTensor, grid, round_scale
 
 GRIDS = (

@@ -36,8 +36,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as BlockType
 
-from exporters.gguf_llamacpp.planes import Bytes, Plane, pack_scales, unpack_scales
 from lilliput.errors import ArtifactError
+from lilliput.ggml.planes import Bytes, Plane, pack_scales, unpack_scales
 from lilliput.grid import GGUF_GRIDS, IQ4_CODEBOOK, Codes, Float, GridSpec, QuantizedTensor
 
 BLOCK = 32  # weights in a block of the types without super-blocks
