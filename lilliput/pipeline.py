@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from lilliput import facts, manifest, output, registry, report
+from lilliput import facts, manifest, output, report
 from lilliput import graph as graphs
 from lilliput.graph import Graph, Stage, TargetStages
 from lilliput.manifest import ArtifactFacts, Manifest
@@ -135,7 +135,7 @@ def _report(plan: Plan, graph: Graph, work: Work) -> Report:
         calibration=facts.calibration_facts(work.folder(graph.samples)) if graph.samples else None,
         evaluation=facts.evaluation_facts(recipe, work.folder(graph.evaluation)),
         coverage=covered,
-        host=_host(recipe),
+        host=targets[0].host or _host(recipe),
         versions=facts.versions(),
         tensors=_tensors(graph, work),
         targets=targets,
@@ -158,8 +158,8 @@ def _recoveries(graph: Graph, work: Work) -> list[str]:
 
 
 def _host(recipe: Recipe) -> Host:
-    host: Host = registry.load("devices", recipe.targets[0].device.name)().describe()
-    return host
+    device, options = validation.device_of(recipe.targets[0].device)
+    return device.describe(options)
 
 
 def _tensors(graph: Graph, work: Work) -> tuple[TensorClass, ...]:

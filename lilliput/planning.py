@@ -23,6 +23,7 @@ from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
 from lilliput.recipe_schema import FLOAT, MEGA, Budget, ModelSpec, Recipe, Rule, Target, assign, parameter_count
 from lilliput.run import Plan, PlannedStage, PlannedTarget
+from lilliput.stages import validate
 from lilliput.store import Store, default_root
 
 if TYPE_CHECKING:
@@ -108,9 +109,10 @@ def source_sha256(spec: ModelSpec) -> str:
 def host_of(recipe: Recipe) -> str:
     """What a measurement depends on: processor, its extensions, cores. One line per device that the recipe names."""
     lines = []
-    for plugin in {target.device.name: target.device for target in recipe.targets}.values():
-        host = registry.load("devices", plugin.name)().describe()
-        lines.append(f"{plugin.name}: {host.cpu}, {host.architecture}, {' '.join(host.isa)}, {host.cores} cores")
+    for plugin in dict.fromkeys(target.device for target in recipe.targets):
+        device, options = validate.device_of(plugin)
+        host = device.describe(options)
+        lines.append(f"{host.device}: {host.cpu}, {host.architecture}, {' '.join(host.isa)}, {host.cores} cores")
     return "\n".join(lines)
 
 

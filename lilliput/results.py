@@ -157,6 +157,7 @@ class Host(Record):
     memory_bytes: int
     system: str
     python: str
+    emulated: str | None = None  # by what, where the processor is not a real one: then nothing is timed
 
 
 class TargetResult(Record):
@@ -166,6 +167,7 @@ class TargetResult(Record):
     verdict: Verdict
     runtime: str
     device: str
+    host: Host | None = None  # the device's machine
     versions: dict[str, str]
     artifact: ArtifactFigures
     latency: Latency | None

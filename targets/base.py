@@ -1,5 +1,6 @@
 """What a runtime is: a module of targets/runtimes/ with one class `Runtime`; and the session it opens.
-What a device is: a module of targets/devices/ with one class `Device` that runs requests.
+What a device is: a module of targets/devices/ with one class `Device`, and the connection that it opens, which runs
+requests there: push, run, pull, probe, close.
 
 All runtimes are driven through the same few calls, so that speed and accuracy are measured by one protocol.
 """
@@ -7,6 +8,7 @@ All runtimes are driven through the same few calls, so that speed and accuracy a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import ClassVar, Protocol
 
 from pydantic import BaseModel
@@ -15,6 +17,7 @@ from lilliput.artifact import Artifact
 from lilliput.grid import Float
 from lilliput.progress import Progress
 from lilliput.results import Host
+from targets.probe import Probe
 from targets.request import Reply, Request
 
 
@@ -54,22 +57,46 @@ class Runtime(Protocol):
         ...
 
 
+class Connection(Protocol):
+    """An open device. What it put there is in one folder, which is gone after `close`."""
+
+    def probe(self) -> Probe:
+        """What the machine is, and what it has free now."""
+        ...
+
+    def push(self, path: Path) -> PurePath:
+        """Copy a file or folder to the device, once; where it lies there.
+
+        Raises MeasurementError where the device is full or gone.
+        """
+        ...
+
+    def run(self, request: Request, progress: Progress) -> Reply:
+        """Answer the request away from this process. Its paths are this machine's, and so are the reply's.
+
+        Raises MissingPackageError where the runtime's package is missing, MeasurementError where the runtime fails or
+        hangs, or the device is gone: within the limits of its options, and nothing of the work is left running.
+        """
+        ...
+
+    def pull(self, there: PurePath, here: Path) -> None:
+        """Copy a file of the device to this machine. Raises MeasurementError where that fails."""
+        ...
+
+    def close(self) -> None:
+        """End whatever runs there, and remove what was put there. Never raises: the device may be gone."""
+        ...
+
+
 class Device(Protocol):
-    """Where runtimes run: this machine, or one that it reaches. Stateless."""
+    """A way to a machine where runtimes run: this one, or one that it reaches. Stateless."""
 
     Options: ClassVar[type[BaseModel]]
 
-    def describe(self) -> Host:
-        """The machine that measures."""
+    def describe(self, options: BaseModel) -> Host:
+        """The machine that would measure, as cheaply as it can be known. Raises MeasurementError where it is away."""
         ...
 
-    def threads(self) -> int:
-        """Threads that a runtime gets where the recipe does not say."""
-        ...
-
-    def run(self, request: Request, options: BaseModel, progress: Progress) -> Reply:
-        """Answer the request away from this process.
-
-        Raises MissingPackageError where the runtime's package is missing, MeasurementError where it fails or hangs.
-        """
+    def open(self, options: BaseModel) -> Connection:
+        """Reach the device. Raises MeasurementError where it is away or refuses, MissingError without the tool."""
         ...

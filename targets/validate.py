@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from lilliput.artifact import Artifact, sha256
 from lilliput.errors import MeasurementError
 from lilliput.model import QuantizedModel
 from lilliput.progress import Progress, silent
 from lilliput.results import ArtifactFigures, Gate, GateResult, Generation, Rung, TargetResult, worst
-from targets import gates, ladder, machine
-from targets.base import Device
+from targets import gates, ladder
+from targets.base import Connection
 from targets.metrics import summarize
+from targets.probe import Probe
 from targets.reference import EvaluationSet, Logits
 from targets.request import (
     AccuracyTask,
@@ -47,12 +46,8 @@ class Place:
 
     runtime: str
     device: str
-    at: Device
-    options: BaseModel
+    at: Connection
     threads: int | None = None  # None: the device's own number
-
-    def run(self, request: Request, progress: Progress) -> Reply:
-        return self.at.run(request, self.options, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +127,8 @@ def validate(
 
     Raises MissingPackageError where the runtime is not installed, MissingError where memory does not suffice.
     """
-    _check_memory(candidate)
+    seen = place.at.probe()
+    _check_memory(candidate, seen)
     rung, read_back = ladder.read_back_rung(
         references.model,
         candidate.read(),
@@ -140,7 +136,7 @@ def validate(
         (references.float_model, references.dequantized),
         folder / "read_back",
     )
-    measured = _measure(candidate, place, references, smoke, folder, protocol, progress)
+    measured = _measure(candidate, place, seen, references, smoke, folder, protocol, progress)
     dequantized = references.dequantized.metrics()
     rungs = (
         *ladder.first_rungs(dequantized),
@@ -148,27 +144,28 @@ def validate(
         ladder.exact_rung(measured.exact.metrics, measured.exact.missing, dequantized),
         ladder.shipped_rung(measured.shipped.metrics, measured.shipped.missing),
     )
-    return _result(candidate, place, smoke, limits, measured, rungs, read_back)
+    return _result(candidate, place, seen, smoke, limits, measured, rungs, read_back)
 
 
 def _needed_bytes(artifact: Artifact) -> int:
     return round(MEMORY_PER_ARTIFACT_BYTE * artifact.size_bytes) + WORKER_OVERHEAD_BYTES
 
 
-def _check_memory(candidate: Candidate) -> None:
+def _check_memory(candidate: Candidate, seen: Probe) -> None:
     for artifact in filter(None, (candidate.artifact, candidate.exact)):
-        machine.check_memory(_needed_bytes(artifact), f"measuring {artifact.path.name}")
+        seen.check_memory(_needed_bytes(artifact), f"measuring {artifact.path.name}")
 
 
-def _slots(candidate: Candidate, threads: int) -> int:
+def _slots(candidate: Candidate, seen: Probe, threads: int) -> int:
     """Workers at a time: one a thread, fewer where memory does not hold so many of the larger artifact."""
     largest = max(_needed_bytes(artifact) for artifact in filter(None, (candidate.artifact, candidate.exact)))
-    return max(1, min(threads, machine.available_memory_bytes() // largest))
+    return max(1, min(threads, seen.free_memory_bytes // largest))
 
 
 def _measure(
     candidate: Candidate,
     place: Place,
+    seen: Probe,
     references: References,
     smoke: Smoke,
     folder: Path,
@@ -177,12 +174,12 @@ def _measure(
 ) -> _Measured:
     """Accuracy with 95 % of the progress, then speed."""
     references.evaluation.save(folder / "evaluation")
-    threads, chunks = place.threads or place.at.threads(), len(references.evaluation.tokens)
+    threads, chunks = place.threads or seen.host.cores, len(references.evaluation.tokens)
     subjects = [Subject("shipped", candidate.artifact, chunks)]
     if candidate.exact is not None:
         subjects.insert(0, Subject("exact", candidate.exact, min(protocol.exact_chunks, chunks)))
-    task, slots = _accuracy_task(references, folder), _slots(candidate, threads)
-    scored = score(subjects, place.runtime, task, place.run, slots, _share(progress, 0, 95))
+    task, slots = _accuracy_task(references, folder), _slots(candidate, seen, threads)
+    scored = score(subjects, place.runtime, task, place.at.run, slots, _share(progress, 0, 95))
     exact = scored.get("exact", Scored(None, candidate.exact_missing))
     request = Request(
         artifact=ArtifactReference.of(candidate.artifact),
@@ -194,7 +191,7 @@ def _measure(
         ),
     )
     try:
-        return _Measured(scored["shipped"], exact, place.run(request, _share(progress, 95, 100)))
+        return _Measured(scored["shipped"], exact, place.at.run(request, _share(progress, 95, 100)))
     except MeasurementError as error:
         return _Measured(scored["shipped"], exact, Reply(), str(error))
 
@@ -245,6 +242,7 @@ def _generate_task(artifact: Artifact, smoke: Smoke) -> GenerateTask:
 def _result(
     candidate: Candidate,
     place: Place,
+    seen: Probe,
     smoke: Smoke,
     limits: Sequence[Gate],
     measured: _Measured,
@@ -264,6 +262,7 @@ def _result(
         verdict=worst([gate.verdict for gate in results]),
         runtime=place.runtime,
         device=place.device,
+        host=seen.host,
         versions=measured.speed.versions,
         artifact=_artifact_figures(candidate.artifact),
         latency=figures.latency,

@@ -21,7 +21,7 @@ METHODS = {
     "transforms": ("factors",),
     "exporters": ("refuses", "export", "read"),
     "runtimes": ("open", "versions"),
-    "devices": ("describe", "threads", "run"),
+    "devices": ("describe", "open"),
 }
 CONSTANTS = {
     "solvers": {"needs_statistics": bool},

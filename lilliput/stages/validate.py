@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,14 +20,17 @@ from typing import TYPE_CHECKING
 from lilliput import registry
 from lilliput.errors import ExportError
 from lilliput.progress import Progress
-from lilliput.recipe_schema import Target
+from lilliput.recipe_schema import Plugin, Target
 from lilliput.results import Gate, TargetResult, worst
 from lilliput.stages.export import export, open_artifact
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from exporters.base import Exporter
     from lilliput.artifact import Artifact
     from lilliput.model import QuantizedModel
+    from targets.base import Device
     from targets.gates import Figures, Part
     from targets.validate import Smoke
 
@@ -65,16 +69,22 @@ def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progre
     candidate = Candidate(
         target.name, artifact, lambda: exporter.read(artifact), twin, missing or "the exporter wrote no exact twin"
     )
-    options = registry.options("devices", target.device.name, target.device.options)
-    assert options is not None, "devices have options"
-    device = registry.load("devices", target.device.name)()
-    place = Place(target.runtime.name, target.device.name, device, options, target.threads)
+    device, options = device_of(target.device)
     evaluation = EvaluationSet.load(held.evaluation)
     references = References(model, evaluation, Logits(held.reference), Logits(held.dequantized))
     try:
-        return validate(candidate, place, references, _smoke(held, artifact), (), folder, progress=progress)
+        with closing(device.open(options)) as connection:
+            place = Place(target.runtime.name, target.device.name, connection, target.threads)
+            return validate(candidate, place, references, _smoke(held, artifact), (), folder, progress=progress)
     finally:
         shutil.rmtree(folder / "exact", ignore_errors=True)
+
+
+def device_of(plugin: Plugin) -> tuple[Device, BaseModel]:
+    """A device that a recipe names, and its options."""
+    options = registry.options("devices", plugin.name, plugin.options)
+    assert options is not None, "devices have options"
+    return registry.load("devices", plugin.name)(), options
 
 
 def _exact_twin(model: QuantizedModel, held: Held, target: Target, folder: Path) -> tuple[Artifact | None, str]:

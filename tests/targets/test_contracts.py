@@ -31,10 +31,12 @@ def test_a_runtime_fits(name: str) -> None:
 @pytest.mark.parametrize("name", registry.known("devices"))
 def test_a_device_fits(name: str) -> None:
     device = registry.load("devices", name)
-    for method in ("describe", "threads", "run"):
+    for method in ("describe", "open"):
         assert signature(device, method) == signature(base.Device, method)
+    connection = inspect.signature(device.open, eval_str=True).return_annotation
+    for method in ("probe", "push", "run", "pull", "close"):
+        assert signature(connection, method) == signature(base.Connection, method)
     assert issubclass(device.Options, BaseModel)
-    device.Options()  # every option has a default
     with pytest.raises(ValidationError, match="Extra inputs"):
         device.Options(no_such_option=1)
 

@@ -29,7 +29,7 @@ def request(folder: Path, kind: str, *tasks: Task, runtime: str = "rogue") -> Re
 
 def fails(folder: Path, kind: str, *tasks: Task, options: Options = DEFAULTS) -> str:
     with pytest.raises(MeasurementError) as caught:
-        Device().run(request(folder, kind, *tasks), options)
+        Device().open(options).run(request(folder, kind, *tasks))
     assert "\n" not in str(caught.value)
     assert kind in str(caught.value)
     return str(caught.value)
@@ -45,7 +45,7 @@ def gone(pid: int) -> bool:
 
 
 def test_a_sound_worker_answers_whatever_the_runtime_prints(rogue: Path) -> None:
-    reply = Device().run(request(rogue, "sound"), Options())
+    reply = Device().open(DEFAULTS).run(request(rogue, "sound"))
     assert reply.generated == (3, 4, 5, 6, 7)
     assert reply.versions == {"rogue": "0.1"}
 
@@ -87,7 +87,7 @@ def test_a_parent_that_is_killed_leaves_nothing(rogue: Path) -> None:
         from targets.request import *
         artifact = ArtifactReference.of(Artifact(Path({str(rogue)!r}), "checkpoint", "hang", 64, 0))
         task = GenerateTask(prompt=(1,))
-        Device().run(Request(artifact=artifact, runtime="rogue", threads=1, tasks=(task,)), Options())
+        Device().open(Options()).run(Request(artifact=artifact, runtime="rogue", threads=1, tasks=(task,)))
     """)
     parent = subprocess.Popen([sys.executable, "-c", program])
     try:
@@ -117,22 +117,25 @@ def test_logits_that_cannot_be_judged_are_refused(rogue: Path, tmp_path: Path, k
 
 def test_a_missing_package_names_its_extra(rogue: Path) -> None:
     with pytest.raises(MissingPackageError, match=r"package_that_is_not_there.*lilliput\[rogue\]"):
-        Device().run(request(rogue, "sound", runtime="absent"), Options())
+        Device().open(DEFAULTS).run(request(rogue, "sound", runtime="absent"))
 
 
 def test_progress_comes_through(rogue: Path) -> None:
     seen: list[tuple[int, int]] = []
     task = LatencyTask(tokens=(1, 2, 3), prompt_tokens=3, depths=(1, 2), blocks=3, steps=2)
-    Device().run(request(rogue, "sound", task), Options(), lambda done, total: seen.append((done, total)))
+    Device().open(DEFAULTS).run(request(rogue, "sound", task), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (3, 3)
 
 
 def test_the_host_is_described() -> None:
-    host = Device().describe()
+    host = Device().describe(DEFAULTS)
+    probe = Device().open(DEFAULTS).probe()
+    assert probe.host == host
+    assert 0 < probe.free_memory_bytes <= host.memory_bytes
+    assert probe.free_disk_bytes > 0
     assert 1 <= host.cores <= host.logical_cores
     assert host.memory_bytes <= psutil.virtual_memory().total
     assert host.cpu
-    assert Device().threads() == host.cores
 
 
 def test_memory_and_disk_are_checked_before_work(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def run(
     given = {"smoke": smoke(), "limits": GATES} | changes
     folder.mkdir()
     references = References(setting.model, setting.evaluation, setting.float_model, setting.dequantized)
-    place = Place(runtime, "host", Device(), Options(), threads=1)
+    place = Place(runtime, "host", Device().open(Options()), threads=1)
     return validate(subject, place, references, folder=folder, protocol=PROTOCOL, **given)  # type: ignore[arg-type]
 
 
