@@ -1,6 +1,6 @@
 """What calibration costs: seconds and peak memory of each stage, for one model and a list of targets' grids.
 
-    python -m benchmarks.calibration_cost [--model SOURCE | --random-1b] [--samples builtin] [--count 48]
+    python -m benchmarks.calibration_cost [--model SOURCE | --random-1b] [--samples self] [--count 48]
         [--grids int4-b32,int5-b32,int4-b64-zp-f16] [--out out/calibration_cost]
 
 The stages are the pipeline's own (lilliput.stages): samples and statistics once, then quantize once a grid, as for a
@@ -77,7 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--random-1b", action="store_true")
-    parser.add_argument("--samples", default="builtin", help="as calibration.samples in a recipe")
+    parser.add_argument("--samples", default="self", help="as calibration.samples in a recipe")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--grids", default="int4-b32,int5-b32,int4-b64-zp-f16")

@@ -54,7 +54,7 @@ class Limit(Record):
     share: float | None = None
 
 
-ORT = ("DEFAULT", "RTN", "k_quant")  # HQQ's float zero points weigh a fifth more: it is met at its own bytes
+ORT = ("DEFAULT", "RTN", "k_quant", "HQQ-b64")  # blocks of 32 with HQQ's float zero points weigh a fifth more: met apart
 LIMITS = (
     Limit(part="gguf", subject="gguf-int4", peers=("Q4_0",), most=0.075),
     Limit(part="gguf", subject="gguf-at-Q4_0", peers=("Q4_0",), most=0.075),
@@ -65,7 +65,7 @@ LIMITS = (
     Limit(part="onnx", subject="onnx-int4", peers=ORT, share=0.5),
     Limit(part="onnx", subject="onnx-int4-zero-points", peers=ORT, share=0.5),
     Limit(part="onnx", subject="onnx-at-RTN", peers=ORT, share=0.5),
-    Limit(part="onnx", subject="onnx-at-HQQ", peers=("HQQ",), share=0.5),
+    Limit(part="onnx", subject="onnx-at-HQQ", peers=("HQQ-zero-points",), share=0.5),
     Limit(part="onnx", subject="onnx-at-int4", peers=("onnx-int4",), share=0.8),
     Limit(part="litert", subject="litert-int8", peers=("int8-",), share=0.6),
     Limit(part="litert", subject="litert-int4", peers=("int4-",), share=0.6),
