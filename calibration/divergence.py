@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from calibration.samples import Samples
 from calibration.statistics import batches, embed, load_part
-from lilliput.decoder import Layer, Norm, rotary_tables
+from lilliput.decoder import Layer, Norm, ropes, soft_capped
 from lilliput.grid import Float, QuantizedTensor
 from lilliput.model import SourceModel
 
@@ -44,19 +44,19 @@ def divergence(source: SourceModel, quantized: Mapping[str, QuantizedTensor], sa
         source.name, source.config, Changed(source.weights, quantized), source.tokenizer, source.sha256, source.origin
     )
     config = source.config
-    rope = rotary_tables(config, samples.tokens.shape[1]) if config.positions == "rope" else None
     sides = [(model, embed(model, samples)) for model in (source, changed)]
-    for i in range(config.num_layers):
+    for i, rope in enumerate(ropes(config, samples.tokens.shape[1])):
         for model, hidden in sides:
             with torch.device("meta"):
-                layer = Layer(config)
+                layer = Layer(config, i)
             load_part(layer, model, f"layers.{i}.")
             for batch in batches(hidden):
                 batch.copy_(layer(batch, rope))
     (p_head, p_hidden), (q_head, q_hidden) = (_head(model, hidden) for model, hidden in sides)
     step, total = max(1, SLAB // config.vocab_size), 0.0
     for p_rows, q_rows in zip(torch.split(p_hidden, step), torch.split(q_hidden, step), strict=True):
-        p, q = F.linear(p_rows, p_head).log_softmax(-1), F.linear(q_rows, q_head).log_softmax(-1)
+        logits = F.linear(p_rows, p_head), F.linear(q_rows, q_head)
+        p, q = (soft_capped(rows, config.logit_softcap).log_softmax(-1) for rows in logits)
         total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
     return total / len(p_hidden)
 

@@ -23,9 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lilliput.decoder import Attention, Decoder, Layer, rotate, split_heads
+from lilliput.decoder import Attention, Decoder, Layer, Rope, attend, ropes
 from lilliput.model import DecoderConfig
 from lilliput.progress import Progress, silent
 
@@ -90,41 +89,34 @@ def _generate(decoder: Decoder, starts: Tensor, sampling: Sampling, generator: t
     """Yield the samples' tokens position by position, each (batch,) int64."""
     config, batch = decoder.config, len(starts)
     shape = (config.num_layers, 2, batch, config.num_kv_heads, sampling.length, config.head_dim)
-    caches, rope = torch.empty(shape), decoder.rope(sampling.length)
+    caches, tables = torch.empty(shape), ropes(config, sampling.length)
     token = starts[:, 0]
     for position in range(sampling.length):
         yield token
         at = torch.tensor([position])
         h = decoder.embed(token[:, None], at)
-        for layer, cache in zip(decoder.layers, caches, strict=True):
+        for layer, cache, rope in zip(decoder.layers, caches, tables, strict=True):
             assert isinstance(layer, Layer)
-            h = h + _attend(layer.attention, layer.attention_norm(h), cache, position, rope)
-            h = h + layer.mlp(layer.mlp_norm(h))
+            h = layer.join(h, _attend(layer.attention, layer.attention_norm(h), cache, position, rope))
         if position + 1 < starts.shape[1]:
             token = starts[:, position + 1]
         else:
             token = _draw(decoder.logits(h[:, 0]), sampling, generator)
 
 
-def _attend(
-    attention: Attention, x: Tensor, cache: Tensor, position: int, rope: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def _attend(attention: Attention, x: Tensor, cache: Tensor, position: int, rope: Rope) -> Tensor:
     """One position x (B, 1, hidden) against its cache (2, B, kv_heads, length, head_dim), which it is written into.
 
     The query heads that share a key head are its queries: no mask, and nothing is repeated.
     """
-    q = split_heads(attention.q(x), attention.heads)
-    k = split_heads(attention.k(x), attention.kv_heads)
-    v = split_heads(attention.v(x), attention.kv_heads)
-    if rope is not None:
-        cos, sin = rope[0][position : position + 1], rope[1][position : position + 1]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    here = None if rope is None else (rope[0][position : position + 1], rope[1][position : position + 1])
+    q, k, v = attention.project(x, here)
     cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
-    batch, groups = x.shape[0], attention.heads // attention.kv_heads
-    q = q.reshape(batch, attention.kv_heads, groups, attention.head_dim)
-    seen = cache[:, :, :, : position + 1]
-    y = F.scaled_dot_product_attention(q, seen[0], seen[1])
-    out: Tensor = attention.o(y.reshape(batch, 1, -1))
+    q = q.reshape(len(x), attention.kv_heads, -1, attention.head_dim)
+    first = max(0, position + 1 - attention.window) if attention.window else 0
+    seen = cache[:, :, :, first : position + 1]
+    y = attend(q, seen[0], seen[1], None, attention.scale, attention.softcap)
+    out: Tensor = attention.o(y.reshape(len(x), 1, -1))
     return out
 
 

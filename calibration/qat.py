@@ -233,7 +233,8 @@ class Trainer:
         """Summed over all positions."""
         with computing_in(self.precision, self.device):
             hidden = final_hidden(self.student, tokens, checkpointing=checkpointing)
-        return divergence(hidden.float().flatten(0, 1), answers.flatten(0, 1), self.head, self.teacher_head)
+        softcap = self.student.config.logit_softcap
+        return divergence(hidden.float().flatten(0, 1), answers.flatten(0, 1), self.head, self.teacher_head, softcap)
 
     @torch.no_grad()
     def held_out_divergence(self) -> float:

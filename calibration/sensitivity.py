@@ -12,9 +12,10 @@ drawn from the model's own distribution (so that E[g gᵀ] is the Fisher informa
 (Curvature by squared gradients: LeCun et al. 1990; M is GuidedQuant's Hessian with one group, Kim et al. 2025,
 arXiv:2505.07004.) Losses of matrices are added: that their errors may add up or cancel is left out.
 
-The head's logits need no draw: E[g_r²] = p_r (1 - p_r). A lookup of embedding row r errs by ΔE_r in the residual
-stream, where the gradient is g: ½ Σ_r f_r ΔE_r E[g gᵀ] ΔE_rᵀ, f the tokens' frequencies, for which the mean of
-p stands (the samples are too few to count the rarer ones). A tied embedding costs both: M is the sum.
+The head's logits need no draw: E[g_r²] = p_r (1 - p_r), times the square of the soft cap's slope where there is one.
+A lookup of embedding row r errs by ΔE_r, times the embedding's scale, in the residual stream, where the gradient is g:
+½ Σ_r f_r ΔE_r E[g gᵀ] ΔE_rᵀ, f the tokens' frequencies, for which the mean of p stands (the samples are too few to
+count the rarer ones). A tied embedding costs both: M is the sum.
 
 The pass goes layer by layer, forward and back; between the two the hidden states before each layer lie on disk.
 Memory: one layer, the hidden states and their gradients, one layer's moments.
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from calibration.base import InputStatistics
 from calibration.samples import Provenance, Samples
 from calibration.statistics import PANEL, Statistics, batches, embed, load_part
-from lilliput.decoder import Layer, Norm, rotary_tables
+from lilliput.decoder import Layer, Norm, Rope, ropes, soft_capped
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float, QuantizedTensor
 from lilliput.model import SourceModel, role_of
@@ -140,24 +141,25 @@ def gather(
     config = source.config
     samples = taken(samples, spaced(len(samples.tokens), count))
     folder.mkdir(parents=True, exist_ok=True)
-    rope = rotary_tables(config, samples.tokens.shape[1]) if config.positions == "rope" else None
+    rope = ropes(config, samples.tokens.shape[1])
     steps = 2 * config.num_layers + 1
     with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
         hidden = embed(source, samples)
         for i in range(config.num_layers):
             np.save(Path(scratch) / f"{i}.npy", hidden.numpy())
-            _forward(_layer(source, i), hidden, rope)
+            _forward(_layer(source, i), hidden, rope[i])
             progress(i + 1, steps)
         gradient, table = _head(source, hidden, seed)
         progress(config.num_layers + 1, steps)
         for i in reversed(range(config.num_layers)):
             hidden = torch.from_numpy(np.load(Path(scratch) / f"{i}.npy"))
-            found = _backward(_layer(source, i), hidden, gradient, rope)
+            found = _backward(_layer(source, i), hidden, gradient, rope[i])
             save_file(
                 {f"layers.{i}.{key}": array for key, array in found.items()}, folder / f"layer_{i:03}.safetensors"
             )
             progress(steps - i, steps)
-    save_file(_tables(table, gradient, config.tied_embeddings), folder / "final.safetensors")
+    looked_up = gradient * config.embedding_scale
+    save_file(_tables(table, looked_up, config.tied_embeddings), folder / "final.safetensors")
     names = [name for name in config.parameter_shapes() if role_of(name) != "vector"]
     text = {"samples": asdict(samples.provenance), "names": names}
     (folder / "samples.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
@@ -184,12 +186,12 @@ def held_out(samples: Samples, sensitivity: Sensitivity, count: int) -> Samples:
 
 def _layer(source: SourceModel, index: int) -> Layer:
     with torch.device("meta"):
-        layer = Layer(source.config)
+        layer = Layer(source.config, index)
     return load_part(layer, source, f"layers.{index}.")
 
 
 @torch.inference_mode()
-def _forward(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
+def _forward(layer: Layer, hidden: Tensor, rope: Rope) -> None:
     """Send `hidden` through the layer, in place."""
     for batch in batches(hidden):
         batch.copy_(layer(batch, rope))
@@ -241,15 +243,17 @@ def _head(source: SourceModel, hidden: Tensor, seed: int) -> tuple[Tensor, Weigh
         with torch.enable_grad():
             inner = rows.clone().requires_grad_()
             x = norm(inner)
-        p = (x.detach() @ weight.T).softmax(-1)
-        table.add(x.detach(), p * (1 - p))
+        logits = soft_capped(x.detach() @ weight.T, config.logit_softcap)
+        p = logits.softmax(-1)
+        slope = 1 - (logits / config.logit_softcap).square() if config.logit_softcap else torch.ones(())
+        table.add(x.detach(), p * (1 - p) * slope.square())
         drawn = torch.multinomial(p, 1, generator=generator)
-        p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
+        p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype)).mul_(slope)
         gradients.append(torch.autograd.grad(x, inner, p @ weight)[0])
     return torch.cat(gradients).view_as(hidden), table
 
 
-def _backward(layer: Layer, hidden: Tensor, gradient: Tensor, rope: tuple[Tensor, Tensor] | None) -> dict[str, Float]:
+def _backward(layer: Layer, hidden: Tensor, gradient: Tensor, rope: Rope) -> dict[str, Float]:
     """Send `gradient` back through the layer, in place; the curvature of its linears."""
     linears = {name: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
     seen = {name: Weighted(part.out_features, part.in_features) for name, part in linears.items()}

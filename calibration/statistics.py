@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from calibration.base import InputStatistics
 from calibration.samples import Provenance, Samples
-from lilliput.decoder import Layer, Norm, rotary_tables
+from lilliput.decoder import Layer, Norm, Rope, ropes
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float
 from lilliput.model import SourceModel, role_of
@@ -102,10 +102,9 @@ def gather(source: SourceModel, samples: Samples, folder: Path, progress: Progre
     config, layers = source.config, source.config.num_layers
     folder.mkdir(parents=True, exist_ok=True)
     hidden = embed(source, samples)
-    rope = rotary_tables(config, samples.tokens.shape[1]) if config.positions == "rope" else None
-    for i in range(layers):
+    for i, rope in enumerate(ropes(config, samples.tokens.shape[1])):
         with torch.device("meta"):
-            layer = Layer(config)
+            layer = Layer(config, i)
         load_part(layer, source, f"layers.{i}.")
         save_file(_run(layer, hidden, rope), folder / f"layer_{i:03}.safetensors")
         progress(i + 1, layers)
@@ -132,6 +131,7 @@ def embed(source: SourceModel, samples: Samples) -> Tensor:
     """(n, length, hidden) float32."""
     tokens = torch.from_numpy(samples.tokens.astype(np.int64))
     hidden = torch.from_numpy(source.weights["embedding"])[tokens]
+    hidden *= source.config.embedding_scale
     if source.config.positions == "learned":
         hidden += torch.from_numpy(source.weights["position_embedding"])[: tokens.shape[1]]
     return hidden
@@ -142,7 +142,7 @@ def batches(hidden: Tensor) -> tuple[Tensor, ...]:
     return torch.split(hidden, max(1, BATCH_TOKENS // hidden.shape[1]))
 
 
-def _run(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor] | None) -> dict[str, Float]:
+def _run(layer: Layer, hidden: Tensor, rope: Rope) -> dict[str, Float]:
     """Send `hidden` through the layer, in place; the statistics of its inputs."""
     observed = {name: Moments(_linear(layer, name).in_features) for name in OBSERVED}
     for name, moments in observed.items():

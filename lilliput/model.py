@@ -7,13 +7,18 @@ All three speak of one decoder (lilliput/decoder.py) by the same parameter names
     position_embedding            (max_positions, hidden)      only learned positions (GPT-2)
     attention_norm[.bias]         (hidden,)
     attention.q|k|v[.bias]        (heads * head_dim, hidden)   RoPE in half-split order (as transformers)
+    attention.q_norm|k_norm       (head_dim,)                  only with config.qk_norm
     attention.o[.bias]            (hidden, heads * head_dim)
+    attention_post_norm           (hidden,)                    only with config.post_norms
     mlp_norm[.bias]               (hidden,)
     mlp.gate                      (intermediate, hidden)       only gated MLPs
     mlp.up[.bias]                 (intermediate, hidden)
     mlp.down[.bias]               (hidden, intermediate)
+    mlp_post_norm                 (hidden,)                    only with config.post_norms
     norm[.bias]                   (hidden,)
     head                          (vocab, hidden)              only where not tied
+
+A norm's weight is what is multiplied: families that store it less one (Gemma) add the one as they are read.
 """
 
 from __future__ import annotations
@@ -22,20 +27,43 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import safe_open
 
 from lilliput.errors import SourceError
 from lilliput.grid import Float, QuantizedTensor
+from lilliput.rope import RopeScaling
 
 Role = Literal["linear", "embedding", "head", "vector"]
+Feature = Literal[
+    "qk_norm", "post_norms", "embedding_scale", "attention_scale", "sliding_window", "attention_softcap",
+    "logit_softcap", "rope_scaling", "local_rope", "partial_rope", "rope_free_layers",
+]  # fmt: skip
+FEATURES: tuple[Feature, ...] = get_args(Feature)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What the generic decoder needs to know of a causal LM. Sizes are counts of elements."""
+    """What the generic decoder needs to know of a causal LM. Sizes are counts of elements.
+
+    A layer computes h += post(o(attention(norm(h)))), then h += post(mlp(norm(h))); post is a norm with `post_norms`,
+    else nothing.
+
+    attention_bias         of q, k and v; output_bias that of o
+    embedding_scale        multiplies what is looked up (Gemma: sqrt(hidden)), never the head, tied or not
+    attention_scale        of the scores; None: 1 / sqrt(head_dim)
+    windows                a layer each: positions that a query sees, its own among them; 0: all. (): no layer has one
+    attention_softcap      scores become cap * tanh(scores / cap) before the mask; 0: they stay
+    logit_softcap          the same of the logits
+    rope_theta             base of the rotary embedding; rope_scaling changes its frequencies
+    rope_local_theta       base in the layers that have a window, never scaled (Gemma 3); None: they are like the others
+    rope_dims              dimensions of each head that rotate, 0: all. The rest comes out of the rotation as it went
+                           in: its frequency is 0. Rows of q and k are in an order in which the first rope_dims / 2 of
+                           either half rotate (`rope.full_order`), so that tables are as wide as ever.
+    rope_free_layers       layers that do not rotate at all (SmolLM3)
+    """
 
     family: str
     vocab_size: int
@@ -55,10 +83,63 @@ class DecoderConfig:
     mlp_bias: bool
     tied_embeddings: bool
     rope_theta: float = 10000.0
+    output_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    windows: tuple[int, ...] = ()
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None
+    rope_dims: int = 0
+    rope_free_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """What JSON made lists and objects of is as it was."""
+        for name in ("windows", "rope_free_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        scaling: Any = self.rope_scaling
+        if isinstance(scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
 
     @property
     def norm_bias(self) -> bool:
         return self.norm == "layer"
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def window(self, layer: int) -> int:
+        """Positions that a query of the layer sees, its own among them; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    def rotation(self, layer: int) -> Literal["global", "local"] | None:
+        """Which rotary table the layer rotates by, if any."""
+        if self.positions != "rope" or layer in self.rope_free_layers:
+            return None
+        return "local" if self.rope_local_theta is not None and self.window(layer) else "global"
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What this decoder has beyond a plain one. An exporter refuses those that it does not lower."""
+        has: dict[Feature, bool] = {
+            "qk_norm": self.qk_norm,
+            "post_norms": self.post_norms,
+            "embedding_scale": self.embedding_scale != 1,
+            "attention_scale": self.attention_scale is not None,
+            "sliding_window": any(self.windows),
+            "attention_softcap": bool(self.attention_softcap),
+            "logit_softcap": bool(self.logit_softcap),
+            "rope_scaling": self.rope_scaling is not None,
+            "local_rope": any(self.rotation(i) == "local" for i in range(self.num_layers)),
+            "partial_rope": bool(self.rope_dims),
+            "rope_free_layers": bool(self.rope_free_layers),
+        }
+        return frozenset(feature for feature, there in has.items() if there)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape, in the order of computation."""
@@ -82,12 +163,18 @@ class DecoderConfig:
         shapes |= self._linear("attention.q", heads, self.hidden_size, self.attention_bias)
         shapes |= self._linear("attention.k", kv_heads, self.hidden_size, self.attention_bias)
         shapes |= self._linear("attention.v", kv_heads, self.hidden_size, self.attention_bias)
-        shapes |= self._linear("attention.o", self.hidden_size, heads, self.attention_bias)
+        if self.qk_norm:
+            shapes |= {"attention.q_norm": (self.head_dim,), "attention.k_norm": (self.head_dim,)}
+        shapes |= self._linear("attention.o", self.hidden_size, heads, self.output_bias)
+        if self.post_norms:
+            shapes |= self._norm_shapes("attention_post_norm")
         shapes |= self._norm_shapes("mlp_norm")
         if self.gated_mlp:
             shapes |= self._linear("mlp.gate", self.intermediate_size, self.hidden_size, self.mlp_bias)
         shapes |= self._linear("mlp.up", self.intermediate_size, self.hidden_size, self.mlp_bias)
         shapes |= self._linear("mlp.down", self.hidden_size, self.intermediate_size, self.mlp_bias)
+        if self.post_norms:
+            shapes |= self._norm_shapes("mlp_post_norm")
         return shapes
 
     @staticmethod
@@ -173,15 +260,25 @@ class Node:
     linear        x, weight[, bias]                                                    y (1, T, out)
     rms_norm      x, weight                                      eps                   y
     layer_norm    x, weight, bias                                eps                   y
+    head_norm     x (1, T, heads * head_dim), weight (head_dim,) eps, heads            y
     add, mul      a, b (same shape)                                                    y
-    silu, gelu_tanh   x                                                                y
-    attention     q, k, v, k_cache, v_cache, positions[, cos, sin]   num_heads, num_kv_heads, head_dim
-                                                                       y, k_cache', v_cache'
+    scale         x                                              factor                y = factor * x
+    silu, gelu_tanh, tanh   x                                                          y
+    attention     q, k, v, k_cache, v_cache, positions[, cos, sin]   num_heads, num_kv_heads, head_dim, scale,
+                                                                 window, softcap       y, k_cache', v_cache'
     last          x (1, T, hidden)                                                     y (1, 1, hidden)
 
-    attention rotates q and k where cos and sin (max_positions, head_dim / 2) are given (half-split),
-    writes k and v (1, T, kv_heads * head_dim) into the caches (1, kv_heads, C, head_dim) at `positions`,
-    and attends causally: query at position p sees cache slots 0..p; scale 1 / sqrt(head_dim).
+    head_norm is the RMS norm of each head's head_dim columns alone, with one weight for all heads; between the
+    linears of q and k and their attention.
+
+    attention rotates q and k where cos and sin (C, head_dim / 2) are given (half-split), writes k and v
+    (1, T, kv_heads * head_dim) into the caches (1, kv_heads, C, head_dim) at `positions`, and attends causally: the
+    query at position p sees cache slots max(0, p - window + 1)..p, all of 0..p where window is 0. Scores are
+    scale * q·k, then softcap * tanh(scores / softcap) where softcap is not 0.
+
+    The tables are named rope.cos and rope.sin, or rope.local_cos and rope.local_sin, layer by layer
+    (DecoderConfig.rotation); lilliput.decoder.rope_tables gives them by name. They hold scaled frequencies and,
+    multiplied in, the attention factor of a RopeScaling: an exporter that reads them has no more to do about either.
     """
 
     op: str

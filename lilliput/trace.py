@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 from torch.fx import Node as FxNode
 
-from lilliput.decoder import Decoder, Layer
+from lilliput.decoder import Decoder, Layer, layer_ropes, rope_tables
 from lilliput.errors import ExportError
 from lilliput.model import DecoderConfig, Node, Signature, TensorInfo, TracedModel
 
@@ -21,26 +21,21 @@ from lilliput.model import DecoderConfig, Node, Signature, TensorInfo, TracedMod
 class Step(nn.Module):
     """The decoder as a runtime calls it: tokens and positions (T,), caches in, last logits and caches out."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, decoder: Decoder, context: int) -> None:
         super().__init__()
         self.decoder = decoder
-        tables = decoder.rope(context)
-        self.has_rope = tables is not None
-        if tables is not None:
-            self.register_buffer("cos", tables[0])
-            self.register_buffer("sin", tables[1])
+        self.tables = nn.Module()  # named as the nodes name them: rope.cos is tables.cos
+        for name, table in rope_tables(decoder.config, context).items():
+            self.tables.register_buffer(name.removeprefix("rope."), table)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, caches: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        tables = (self.cos, self.sin) if self.has_rope else None
+        ropes = layer_ropes(self.decoder.config, {f"rope.{n}": table for n, table in self.tables.named_buffers()})
         h, updated = self.decoder.embed(tokens[None], positions), []
-        for layer, cache in zip(self.decoder.layers, caches, strict=True):
+        for layer, cache, rope in zip(self.decoder.layers, caches, ropes, strict=True):
             assert isinstance(layer, Layer)
-            h, k_cache, v_cache = layer.cached(h, cache, positions, tables)
+            h, k_cache, v_cache = layer.cached(h, cache, positions, rope)
             updated.append((k_cache, v_cache))
         return self.decoder.logits(h[:, -1:]), updated
 
@@ -77,7 +72,7 @@ class Row:
     attributes: tuple[tuple[str, int], ...] = ()
 
 
-_HEADS = (("num_heads", 6), ("num_kv_heads", 7), ("head_dim", 8))
+_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "softcap")  # arguments 6 to 11
 LOWERED = {
     "aten.embedding.default": Row("embedding", (0, 1)),
     "aten.linear.default": Row("linear", (0, 1, 2)),
@@ -88,8 +83,13 @@ LOWERED = {
     "aten.silu.default": Row("silu", (0,)),
     "aten.gelu.default": Row("gelu_tanh", (0,)),
     "aten.slice.Tensor": Row("last", (0,)),
-    "lilliput.attention.default": Row("attention", (0, 1, 2, 3, 4, 5, 9, 10), _HEADS),
+    "aten.tanh.default": Row("tanh", (0,)),
+    "lilliput.head_norm.default": Row("head_norm", (0, 1), (("eps", 2), ("heads", 3))),
+    "lilliput.attention.default": Row(
+        "attention", (*range(6), 12, 13), tuple((name, 6 + i) for i, name in enumerate(_ATTENTION))
+    ),
 }
+SCALED = Row("scale", (0,), (("factor", 1),))  # aten.mul.Tensor of a number
 # Shape-only operators: the node's value is its first argument's (batch axis of the token ids).
 TRANSPARENT = ("aten.unsqueeze.default",)
 
@@ -117,7 +117,7 @@ def _input_names(program: ExportedProgram, config: DecoderConfig) -> dict[FxNode
     """Graph placeholders by the names that the signature gives them: parameters, tables, user inputs."""
     signature = program.graph_signature
     known = {k: v.removeprefix("decoder.").removesuffix(".weight") for k, v in signature.inputs_to_parameters.items()}
-    known |= {k: f"rope.{v}" for k, v in signature.inputs_to_buffers.items()}
+    known |= {k: v.replace("tables.", "rope.", 1) for k, v in signature.inputs_to_buffers.items()}
     caches = (f"{kv}_cache_{i}" for i in range(config.num_layers) for kv in "kv")
     users = iter(["tokens", "positions", *caches])
     return {
@@ -133,7 +133,7 @@ def _read_call(fx: FxNode, names: dict[FxNode, str], nodes: list[Node]) -> None:
     if "getitem" in target:
         names[fx] = f"{names[fx.args[0]]}.{fx.args[1]}"  # type: ignore[index]
         return
-    row = LOWERED.get(target)
+    row = SCALED if target == "aten.mul.Tensor" and isinstance(fx.args[1], float) else LOWERED.get(target)
     if row is None:
         raise ExportError(f"operator {target} of the traced decoder is not mapped: known are {', '.join(LOWERED)}")
     names[fx] = f"value.{fx.name}"  # never a parameter's name: torch calls the embedding's result `embedding`

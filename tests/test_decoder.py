@@ -22,18 +22,61 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "gpt2": ("gpt2", {}),
     "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}),
-}
-CONTEXT, PROMPT, STEPS = 24, 9, 6
+    "mistral window": ("mistral", {}),
+    "qwen2 tied": ("qwen2", {}),
+    "qwen2 untied, windows from layer 1": (
+        "qwen2",
+        {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3 untied MQA biases": (
+        "qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1, "attention_bias": True},
+    ),
+    "gemma2": ("gemma2", {}),
+    "gemma3 one KV head": ("gemma3", {}),
+    "gemma3 global rope scaled, logits capped": (
+        "gemma3",
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_key_value_heads": 2,
+         "final_logit_softcapping": 3.0},
+    ),
+    "gemma3 layers by name, untied": (
+        "gemma3",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "tie_word_embeddings": False},
+    ),
+    "phi3 window": ("phi3", {"sliding_window": 8}),
+    "phi3 partial longrope": (
+        "phi3",
+        {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64, "num_key_value_heads": 4,
+         "rope_scaling": {
+             "type": "longrope", "short_factor": [1.0, 1.25, 1.5, 2.0, 3.0, 4.0], "long_factor": [2.0] * 6}},
+    ),
+    "smollm3": ("smollm3", {}),
+    "smollm3 windows where nothing rotates": ("smollm3", {"use_sliding_window": True, "sliding_window": 8}),
+    "llama linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama dynamic": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    "llama llama3": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 64}},
+    ),
+    "qwen2 yarn": (
+        "qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    ),
+    "llama yarn, all its settings": (
+        "llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 16.0,
+                          "beta_slow": 0.5, "attention_factor": 0.8, "truncate": False}},
+    ),
+}  # fmt: skip
+CONTEXT, PROMPT, STEPS = 24, 12, 6
 
 
 @pytest.fixture(params=list(MODELS), scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceModel, Any]:
     """A tiny model as a source, and transformers' own."""
-    from transformers import AutoModelForCausalLM
-
     kind, options = MODELS[request.param]
     source = tiny_models.tiny_source(tmp_path_factory.mktemp("hf"), kind, **options)
-    return source, AutoModelForCausalLM.from_pretrained(source.tokenizer, dtype=torch.float32).eval()
+    return source, tiny_models.theirs(source)
 
 
 def tokens(rows: int, steps: int) -> torch.Tensor:

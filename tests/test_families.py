@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from tiny_models import GPT2, LLAMA
 
 from lilliput import families
 from lilliput.errors import SourceError
-from lilliput.families import gpt2, llama
+from lilliput.families import gemma2, gemma3, gpt2, llama, phi3, qwen3, smollm3
 
 HF_LLAMA: dict[str, Any] = {**LLAMA, "architectures": ["LlamaForCausalLM"]}
 HF_MISTRAL: dict[str, Any] = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": None}
@@ -23,7 +24,7 @@ GGUF_LLAMA: dict[str, Any] = {
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert families.known() == ("gpt2", "llama")
+    assert families.known() == ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3", "smollm3")
     assert families.family_of(HF_MISTRAL) == ("llama", llama)
     assert families.gguf_family_of("gpt2") is gpt2
 
@@ -33,7 +34,7 @@ def test_an_unknown_architecture_is_refused_with_the_supported_ones() -> None:
         families.family_of({"architectures": ["LlamaForCausalML"]})
     message = str(caught.value)
     assert "did you mean 'LlamaForCausalLM'?" in message
-    assert "known: GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM" in message
+    assert "known: GPT2LMHeadModel, Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM" in message
 
 
 def test_an_unknown_gguf_architecture_is_refused_with_the_supported_ones() -> None:
@@ -82,10 +83,56 @@ def test_default_rope_scaling_is_fine(rope: dict[str, Any] | None) -> None:
     assert llama.config({**HF_LLAMA, "rope_parameters": rope}).rope_theta == wanted
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "llama3", "factor": 8.0}, {"type": "linear", "factor": 2.0}])
-def test_rope_scaling_is_refused(rope: dict[str, Any]) -> None:
-    with pytest.raises(SourceError, match=r"rope_scaling .*'factor'.* is not supported in a Llama"):
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "ntk"}, r"rope_scaling 'ntk' is not supported: known: default, linear, dynamic, llama3, yarn"),
+        ({"type": "linear"}, "rope_scaling factor is None, wanted a positive number"),
+        ({"rope_type": "yarn", "factor": -2}, "rope_scaling factor is -2, wanted a positive number"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_scaling original_max_position_embeddings is None"),
+        ({"rope_type": "longrope", "factor": 8.0, "short_factor": "1"}, "short_factor is '1', wanted a list"),
+        ({"rope_type": "longrope", "factor": 8.0, "short_factor": [1.0]}, "1 factors of rope_scaling, wanted one for"),
+    ],
+)
+def test_rope_scaling_that_is_not_known_or_incomplete_is_refused(rope: dict[str, Any], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
         llama.config({**HF_LLAMA, "rope_scaling": rope})
+
+
+def test_kinds_of_rope_that_change_with_the_length_are_exact_up_to_the_positions_that_the_model_is_given() -> None:
+    dynamic = llama.config({**HF_LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}})
+    assert (dynamic.rope_scaling, dynamic.max_positions) == (None, 256)
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = phi3.config({**HF_LLAMA, "original_max_position_embeddings": 64, "rope_scaling": long})
+    assert config.max_positions == 64
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == pytest.approx((1 + math.log(4) / math.log(64)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        (gemma3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+        (gemma3, {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        (gemma3, {"layer_types": ["chunked_attention"] * 2}, "layer_types 'chunked_attention' is not supported"),
+        (gemma3, {"layer_types": ["sliding_attention"]}, "windows of 1 layers, wanted 2"),
+        (gemma2, {"hidden_activation": "silu"}, "hidden_activation 'silu' is not supported"),
+        (qwen3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        (phi3, {"partial_rotary_factor": 0.2}, "3 of 16 dimensions cannot be rotated in halves"),
+    ],
+)
+def test_what_no_layer_computes_is_refused(family: families.Family, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        family.config({**LLAMA, **fields})
+
+
+def test_features_are_what_a_plain_decoder_lacks() -> None:
+    assert not llama.config(HF_LLAMA).features
+    assert qwen3.config(HF_LLAMA).features == {"qk_norm"}
+    assert smollm3.config({**HF_LLAMA, "num_hidden_layers": 4}).features == {"rope_free_layers"}
+    assert gemma3.config(HF_LLAMA).features == {
+        "qk_norm", "post_norms", "embedding_scale", "attention_scale", "sliding_window", "local_rope",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value"), [("hidden_act", "gelu"), ("partial_rotary_factor", 0.5)])
@@ -96,19 +143,13 @@ def test_llama_refuses_other_arithmetic(key: str, value: object) -> None:
 
 @pytest.mark.parametrize("window", [None, 256, 4096])
 def test_mistral_window_that_changes_nothing_is_fine(window: int | None) -> None:
-    assert llama.config({**HF_MISTRAL, "sliding_window": window}).max_positions == 256
+    assert llama.config({**HF_MISTRAL, "sliding_window": window}).windows == ()
 
 
-def test_mistral_window_smaller_than_the_positions_is_refused() -> None:
-    with pytest.raises(SourceError, match="sliding_window 128 is smaller than max_position_embeddings 256"):
-        llama.config({**HF_MISTRAL, "sliding_window": 128})
-
-
-def test_mistral_has_a_window_where_its_config_does_not_say() -> None:
-    """transformers' MistralConfig has 4096 then."""
-    silent = {k: v for k, v in HF_MISTRAL.items() if k != "sliding_window"}
-    with pytest.raises(SourceError, match="sliding_window 4096 is smaller than max_position_embeddings 8192"):
-        llama.config({**silent, "max_position_embeddings": 8192})
+def test_every_layer_of_mistral_has_its_window() -> None:
+    assert llama.config({**HF_MISTRAL, "sliding_window": 128}).windows == (128, 128)
+    silent = {k: v for k, v in HF_MISTRAL.items() if k != "sliding_window"}  # transformers' MistralConfig has 4096 then
+    assert llama.config({**silent, "max_position_embeddings": 8192}).windows == (4096, 4096)
 
 
 @pytest.mark.parametrize(

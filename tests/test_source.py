@@ -65,6 +65,9 @@ KINDS = {
     "llama biases, wide heads": lambda p: tiny_models.tiny_llama(p, attention_bias=True, mlp_bias=True, head_dim=32),
     "gpt2": lambda p: tiny_models.tiny_gpt2(p),
     "gpt2 untied": lambda p: tiny_models.tiny_gpt2(p, tie_word_embeddings=False),
+    "gemma2": lambda p: tiny_models.tiny("gemma2", p, sliding_window=128),
+    "gemma3": lambda p: tiny_models.tiny("gemma3", p, sliding_window=128),
+    "phi3": lambda p: tiny_models.tiny("phi3", p),
 }
 
 
@@ -412,12 +415,24 @@ def test_a_model_that_computes_something_else_is_not_proven(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof must be able to fail: the decoder is given another rotary base than transformers has."""
-    from lilliput.families import llama
+    from lilliput import rope
 
-    monkeypatch.setattr(llama, "_rope_theta", lambda hf: 9000.0)
+    monkeypatch.setattr(rope, "from_config", lambda hf: rope.Rope(9000.0, None, 256))
     with pytest.raises(SourceError, match=r"the decoder's logits differ from transformers' by .* wanted at most 1e-04"):
         source.load(str(llama_folder), tmp_path / "stage")
     assert not (tmp_path / "stage").exists()
+
+
+def test_a_window_at_the_wrong_layer_is_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The windows are longer than the tokens that the proof compares."""
+    from lilliput.families import qwen2
+
+    windows = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+    made = tiny_models.tiny("qwen2", tmp_path / "hf", **windows)
+    assert source.load(str(made), tmp_path / "right").config.windows == (0, 128)
+    monkeypatch.setattr(qwen2, "windows", lambda kinds, window, positions: (window, 0))
+    with pytest.raises(SourceError, match=r"the decoder's logits differ from transformers' by .* wanted at most 1e-04"):
+        source.load(str(made), tmp_path / "wrong")
 
 
 def test_a_tokenizer_that_changed_on_the_way_is_refused(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +16,17 @@ from lilliput.errors import ExportError
 from lilliput.model import Node, Signature, SourceModel, TracedModel
 from lilliput.proof import TOLERANCE, relative_error
 
-CONTEXT, PREFILL, STEPS = 20, 8, 5
+CONTEXT, PREFILL, STEPS = 20, 10, 5
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied GQA": ("llama", {}),
     "llama untied MQA biases": (
         "llama", {"tie_word_embeddings": False, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
     ),
     "gpt2": ("gpt2", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "smollm3": ("smollm3", {}),
 }  # fmt: skip
 Values = dict[str, Tensor]
 
@@ -32,6 +35,7 @@ def attention(node: Node, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Written apart from lilliput.decoder: one query and one head at a time."""
     q, k, v, k_cache, v_cache, positions, *tables = inputs
     heads, kv_heads, dim = (int(node.attributes[name]) for name in ("num_heads", "num_kv_heads", "head_dim"))
+    window, scale, softcap = int(node.attributes["window"]), node.attributes["scale"], node.attributes["softcap"]
     k_cache, v_cache, y = k_cache.clone(), v_cache.clone(), torch.zeros_like(q)
 
     def rotated(x: Tensor, position: int) -> Tensor:
@@ -49,8 +53,11 @@ def attention(node: Node, *inputs: Tensor) -> tuple[Tensor, ...]:
     for t, position in enumerate(positions.tolist()):
         for h in range(heads):
             at, group = slice(h * dim, (h + 1) * dim), h // (heads // kv_heads)
-            scores = k_cache[0, group, : position + 1] @ rotated(q[0, t, at], position) / math.sqrt(dim)
-            y[0, t, at] = scores.softmax(0) @ v_cache[0, group, : position + 1]
+            first = max(0, position - window + 1) if window else 0
+            scores = k_cache[0, group, first : position + 1] @ rotated(q[0, t, at], position) * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            y[0, t, at] = scores.softmax(0) @ v_cache[0, group, first : position + 1]
     return y, k_cache, v_cache
 
 
@@ -63,6 +70,11 @@ def layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return centred / (centred.pow(2).mean(-1, keepdim=True) + node.attributes["eps"]).sqrt() * weight + bias
 
 
+def head_norm(node: Node, x: Tensor, weight: Tensor) -> Tensor:
+    heads = x.chunk(int(node.attributes["heads"]), dim=-1)
+    return torch.cat([rms_norm(node, head, weight) for head in heads], dim=-1)
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "embedding": lambda node, table, indices: table[indices.long()][None],
     "linear": lambda node, x, weight, bias=None: x @ weight.T + (0 if bias is None else bias),
@@ -72,6 +84,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "mul": lambda node, a, b: a * b,
     "silu": lambda node, x: x / (1 + (-x).exp()),
     "gelu_tanh": lambda node, x: F.gelu(x, approximate="tanh"),
+    "tanh": lambda node, x: 2 / (1 + (-2 * x).exp()) - 1,
+    "scale": lambda node, x: node.attributes["factor"] * x,
+    "head_norm": head_norm,
     "attention": attention,
     "last": lambda node, x: x[:, -1:],
 }
@@ -89,10 +104,7 @@ def interpret(signature: Signature, constants: Values, inputs: Values) -> Values
 def constants_of(source: SourceModel) -> Values:
     """Parameters by their names, and the rotary tables."""
     values = {name: torch.from_numpy(source.weights[name]) for name in source.config.parameter_shapes()}
-    if source.config.positions == "rope":
-        cos, sin = decoder.rotary_tables(source.config, CONTEXT)
-        values |= {"rope.cos": cos, "rope.sin": sin}
-    return values
+    return values | decoder.rope_tables(source.config, CONTEXT)
 
 
 @pytest.fixture(params=list(MODELS), scope="module")
@@ -105,10 +117,8 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @torch.no_grad()
 def test_nodes_compute_what_transformers_computes(traced: tuple[SourceModel, TracedModel]) -> None:
     """A prefill, then single steps through the caches that it gives back."""
-    from transformers import AutoModelForCausalLM
-
     source, model = traced
-    theirs = AutoModelForCausalLM.from_pretrained(source.tokenizer, dtype=torch.float32).eval()
+    theirs = tiny_models.theirs(source)
     ids = torch.randint(0, source.config.vocab_size, (1, PREFILL + STEPS), generator=torch.Generator().manual_seed(3))
     wanted, constants = theirs(ids).logits[0], constants_of(source)
     prefill, decode = model.signature("prefill"), model.signature("decode")
@@ -142,7 +152,7 @@ def test_every_value_is_made_once_before_its_use_and_every_parameter_is_used(
     source, model = traced
     parameters = set(source.config.parameter_shapes())
     for signature in model.signatures:
-        made = parameters | {info.name for info in signature.inputs} | {"rope.cos", "rope.sin"}
+        made = parameters | {info.name for info in signature.inputs} | set(decoder.rope_tables(source.config, CONTEXT))
         used: set[str] = set()
         for node in signature.nodes:
             assert node.op in OPERATORS

@@ -1,4 +1,4 @@
-"""Tiny random models for tests, made on the spot: Hugging Face folders (Llama, GPT-2) and what comes of them.
+"""Tiny random models for tests, made on the spot: Hugging Face folders of every family, and what comes of them.
 
 Sizes are the smallest that every format holds: widths are multiples of 32 (int4-b32), head_dim is 16. The
 tokenizer is a byte-level BPE of 320 tokens, trained on TEXT. All is seeded: the same call gives the same numbers.
@@ -33,6 +33,25 @@ GPT2 = {
     "vocab_size": VOCAB_SIZE, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256,
     "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+# By kind: transformers' model and config classes, and what differs from LLAMA. Windows are shorter than tests' texts.
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 8}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 32}),
+    "gemma2": (
+        "Gemma2ForCausalLM", "Gemma2Config",
+        {"sliding_window": 8, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+         "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM", "Gemma3TextConfig",
+        {"num_key_value_heads": 1, "head_dim": 32, "sliding_window": 8, "sliding_window_pattern": 2,
+         "query_pre_attn_scalar": 24, "rope_theta": 1e5, "num_hidden_layers": 3},
+    ),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {"pad_token_id": 0, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 4, "pad_token_id": 0}),
+}  # fmt: skip
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -56,11 +75,18 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def tiny(kind: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A random model of KINDS with its tokenizer, as a Hugging Face folder. `overrides` are its config class's."""
+    import transformers
+
+    model, config, differences = KINDS[kind]
+    made = getattr(transformers, config)(**{**LLAMA, **differences, **overrides})
+    return _save(getattr(transformers, model), made, folder, seed)
+
+
 def tiny_llama(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A random LlamaForCausalLM with its tokenizer, as a Hugging Face folder. `overrides` are LlamaConfig's."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return _save(LlamaForCausalLM, LlamaConfig(**{**LLAMA, **overrides}), folder, seed)
+    return tiny("llama", folder, seed, **overrides)
 
 
 def tiny_gpt2(folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -99,9 +125,19 @@ def source_of(folder: Path) -> SourceModel:
 
 
 def tiny_source(tmp_path: Path, kind: str = "llama", seed: int = 0, **overrides: Any) -> SourceModel:
-    """A tiny random SourceModel; kind is "llama" or "gpt2"."""
-    make = {"llama": tiny_llama, "gpt2": tiny_gpt2}[kind]
-    return source_of(make(tmp_path / f"tiny-{kind}", seed, **overrides))
+    """A tiny random SourceModel; kind is "gpt2" or one of KINDS."""
+    folder = tmp_path / f"tiny-{kind}"
+    return source_of(tiny_gpt2(folder, seed, **overrides) if kind == "gpt2" else tiny(kind, folder, seed, **overrides))
+
+
+def theirs(source: SourceModel) -> Any:
+    """transformers' own model of a `tiny_source`. Soft caps of scores are only in its plain attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        source.tokenizer, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def rtn(weight: Float, spec: GridSpec) -> QuantizedTensor:

@@ -19,8 +19,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from exporters.base import refuse_features
 from lilliput.errors import ExportError, did_you_mean
-from lilliput.model import DecoderConfig
+from lilliput.model import DecoderConfig, Feature
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}  # by the decoder's family
 KINDS = {
@@ -32,6 +33,7 @@ KINDS = {
     "mlp.gate": gguf.MODEL_TENSOR.FFN_GATE, "mlp.up": gguf.MODEL_TENSOR.FFN_UP,
     "mlp.down": gguf.MODEL_TENSOR.FFN_DOWN,
 }  # fmt: skip
+FEATURES: frozenset[Feature] = frozenset()  # of the decoder, beyond a plain one
 FUSED = ("attention.q", "attention.k", "attention.v")
 
 
@@ -65,6 +67,7 @@ def architecture(config: DecoderConfig) -> gguf.MODEL_ARCH:
         raise ExportError(
             f"GGUF has no architecture here for {config.family!r}: {did_you_mean(config.family, ARCHITECTURES)}"
         )
+    refuse_features(config, FEATURES, "llama.cpp")
     return ARCHITECTURES[config.family]
 
 

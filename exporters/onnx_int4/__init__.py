@@ -16,15 +16,16 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from exporters.base import ExporterOptions
+from exporters.base import ExporterOptions, refuse_features
 from exporters.onnx_int4 import packing
 from lilliput.artifact import Artifact
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows
-from lilliput.model import QuantizedModel, Role, TracedModel, role_of
+from lilliput.model import Feature, QuantizedModel, Role, TracedModel, role_of
 
 MAIN_FILE = "model.onnx"
 FLOAT16_SCALES = ("bf16_f16", "float16")
+FEATURES: frozenset[Feature] = frozenset({"rope_scaling", "partial_rope", "rope_free_layers"})
 
 
 class Options(ExporterOptions):
@@ -76,6 +77,7 @@ class Exporter:
         return container.read(artifact.path)
 
     def _check(self, model: QuantizedModel) -> None:
+        refuse_features(model.config, FEATURES, "ONNX Runtime")
         for name, tensor in model.quantized.items():
             tensor.check(name)
             reason = self.refuses(tensor.spec, role_of(name), tensor.shape)
@@ -99,12 +101,9 @@ def _packed(model: QuantizedModel, stacks: Mapping[str, tuple[str, ...]]) -> dic
 
 def _floats(model: QuantizedModel, stacks: Mapping[str, tuple[str, ...]], context: int) -> dict[str, Float]:
     """Vectors and float matrices, stacked biases, and the rotary tables of `context` positions."""
-    from lilliput.decoder import rotary_tables
+    from lilliput.decoder import rope_tables
 
     parts = {name for names in stacks.values() for name in names}
     whole = {n: np.concatenate([model.floats[p] for p in names]) for n, names in stacks.items() if "bias" in n}
     floats = {name: array for name, array in model.floats.items() if name not in parts} | whole
-    if model.config.positions == "rope":
-        cos, sin = rotary_tables(model.config, context)
-        floats |= {"rope.cos": cos.numpy(), "rope.sin": sin.numpy()}
-    return floats
+    return floats | {name: table.numpy() for name, table in rope_tables(model.config, context).items()}

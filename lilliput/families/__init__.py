@@ -28,6 +28,7 @@ from lilliput.errors import SourceError, did_you_mean
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
+LAYER_KINDS = ("full_attention", "sliding_attention")
 Read = Callable[[str], Float]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,6 +43,8 @@ class Family(Protocol):
     def config(self, hf: Mapping[str, Any]) -> DecoderConfig: ...
 
     def weights(self, config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]: ...
+
+    # only of families that are read from GGUF files
 
     def gguf_config(self, fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig: ...
 
@@ -71,7 +74,8 @@ def family_of(hf: Mapping[str, Any]) -> tuple[str, Family]:
 
 def gguf_family_of(architecture: str) -> Family:
     """The family that reads GGUF files of that `general.architecture`. Raises SourceError naming the known ones."""
-    families = {load(name).GGUF_ARCHITECTURE: load(name) for name in known()}
+    readers = [family for family in map(load, known()) if hasattr(family, "GGUF_ARCHITECTURE")]
+    families = {family.GGUF_ARCHITECTURE: family for family in readers}
     if architecture not in families:
         raise SourceError(
             f"GGUF architecture {architecture!r} is not supported: {did_you_mean(architecture, families)}"
@@ -94,6 +98,24 @@ def require(fields: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
             )
 
 
+def windows(kinds: Iterable[str], window: int | None, positions: int | None = None) -> tuple[int, ...]:
+    """DecoderConfig.windows of each layer's kind, as transformers' `layer_types` names them. () where no layer has
+    one, nor (`positions` given) one that a query could reach past.
+
+    Raises SourceError for another kind.
+    """
+    names = list(kinds)
+    for name in names:
+        if name not in LAYER_KINDS:
+            raise SourceError(
+                f"config.json: layer_types {name!r} is not supported: only {' and '.join(LAYER_KINDS)} are"
+            )
+    if not window or (positions is not None and window >= positions):
+        return ()
+    found = tuple(window if name == "sliding_attention" else 0 for name in names)
+    return found if any(found) else ()
+
+
 def checked(config: DecoderConfig, where: str) -> DecoderConfig:
     """The configuration, or SourceError where its sizes do not fit one another."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -101,6 +123,16 @@ def checked(config: DecoderConfig, where: str) -> DecoderConfig:
         raise SourceError(f"{where}: {heads} attention heads over {kv_heads!r} key-value heads, wanted a divisor")
     if config.head_dim < 1 or (config.positions == "rope" and config.head_dim % 2):
         raise SourceError(f"{where}: head_dim {config.head_dim} cannot be rotated in halves, wanted an even number")
+    if config.rope_dims % 2 or (config.head_dim - config.rope_dims) % 2 or config.rope_dims > config.head_dim:
+        raise SourceError(f"{where}: {config.rope_dims} of {config.head_dim} dimensions cannot be rotated in halves")
+    divisors = config.rope_scaling.divisors if config.rope_scaling else ()
+    if divisors and 2 * len(divisors) != (config.rope_dims or config.head_dim):
+        raise SourceError(
+            f"{where}: {len(divisors)} factors of rope_scaling, wanted one for each two of the "
+            f"{config.rope_dims or config.head_dim} dimensions that rotate"
+        )
+    if config.windows and len(config.windows) != config.num_layers:
+        raise SourceError(f"{where}: windows of {len(config.windows)} layers, wanted {config.num_layers}")
     if config.positions == "learned" and config.hidden_size % heads:
         raise SourceError(f"{where}: width {config.hidden_size} does not divide into {heads} heads")
     return config

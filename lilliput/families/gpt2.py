@@ -85,6 +85,7 @@ def _config(
         activation="gelu_tanh",
         gated_mlp=False,
         attention_bias=True,
+        output_bias=True,
         mlp_bias=True,
         tied_embeddings=tied,
     )

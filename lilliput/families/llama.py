@@ -1,6 +1,8 @@
 """Llama, SmolLM, SmolLM2, Mistral: RMS norm, rotary positions, grouped-query attention, gated SiLU MLP.
 
-Weight names as in transformers' LlamaForCausalLM; matrices are (out, in) there too. GGUF files hold the
+Weight names as in transformers' LlamaForCausalLM; matrices are (out, in) there too. Most later families are a Llama
+with differences: `plain` reads the config fields that they share, `checkpoint_weights` their weights. Mistral's
+layers all have one window. GGUF files hold the
 rows of q and k in ggml's interleaved order: of each head, row 2j is the half-split row j, row 2j + 1 the
 half-split row head_dim/2 + j (`permute` of llama.cpp's convert_hf_to_gguf.py). It is undone here.
 """
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from lilliput import rope
 from lilliput.errors import SourceError
-from lilliput.families import Read, Shapes, checked, refuse, require
+from lilliput.families import Read, Shapes, checked, refuse, require, windows
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
@@ -38,6 +43,7 @@ REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,)}
 MISTRAL_SLIDING_WINDOW = 4096  # transformers' MistralConfig, where config.json does not say
 
 GGUF_LAYER = {
@@ -66,12 +72,25 @@ GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def config(hf: Mapping[str, Any]) -> DecoderConfig:
+    found = plain(hf, "llama")
+    refuse(hf, NEUTRAL, "config.json")
+    bias = bool(hf.get("attention_bias"))
+    found = replace(found, attention_bias=bias, output_bias=bias, mlp_bias=bool(hf.get("mlp_bias")))
+    if "MistralForCausalLM" in (hf.get("architectures") or ()):
+        window = hf.get("sliding_window", MISTRAL_SLIDING_WINDOW)
+        found = replace(found, windows=windows(["sliding_attention"] * found.num_layers, window, found.max_positions))
+    return checked(found, "config.json")
+
+
+def plain(hf: Mapping[str, Any], family: str, *, tied: bool = False) -> DecoderConfig:
+    """A decoder without biases, by the names that Llama's config.json gave its fields. `tied`: where it does not say.
+
+    Not `checked` yet: the caller changes what is different.
+    """
     require(hf, REQUIRED, "config.json")
-    refuse(hf, {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,)}, "config.json")
-    heads = hf["num_attention_heads"]
-    _check_window(hf)
-    config = DecoderConfig(
-        family="llama",
+    heads, positions = hf["num_attention_heads"], rope.from_config(hf)
+    return DecoderConfig(
+        family=family,
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
         intermediate_size=hf["intermediate_size"],
@@ -79,47 +98,18 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        max_positions=hf["max_position_embeddings"],
+        max_positions=positions.max_positions,
         norm="rms",
         norm_eps=hf["rms_norm_eps"],
         positions="rope",
         activation="silu",
         gated_mlp=True,
-        attention_bias=bool(hf.get("attention_bias")),
-        mlp_bias=bool(hf.get("mlp_bias")),
-        tied_embeddings=bool(hf.get("tie_word_embeddings")),
-        rope_theta=_rope_theta(hf),
+        attention_bias=False,
+        mlp_bias=False,
+        tied_embeddings=bool(hf.get("tie_word_embeddings", tied)),
+        rope_theta=positions.theta,
+        rope_scaling=positions.scaling,
     )
-    return checked(config, "config.json")
-
-
-def _check_window(hf: Mapping[str, Any]) -> None:
-    """Only Mistral has a sliding window; one that no position reaches past changes nothing."""
-    if "MistralForCausalLM" not in (hf.get("architectures") or ()):
-        return
-    window, positions = hf.get("sliding_window", MISTRAL_SLIDING_WINDOW), hf["max_position_embeddings"]
-    if window is not None and window < positions:
-        raise SourceError(
-            f"config.json: sliding_window {window} is smaller than max_position_embeddings {positions}, and sliding "
-            f"windows are not supported: set max_position_embeddings to at most {window}, or sliding_window to null"
-        )
-
-
-def _rope_theta(hf: Mapping[str, Any]) -> float:
-    """The rotary base. `rope_scaling` (and `rope_parameters`, its newer name) may only be null or default."""
-    theta = hf.get("rope_theta")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise SourceError(f"config.json: {key} {rope!r} is not supported in a Llama: only null or 'default' is")
-        theta = rope.get("rope_theta", theta)
-    return 10000.0 if theta is None else float(theta)
-
-
-def checkpoint_name(name: str) -> str:
-    """The Hugging Face checkpoint's name of decoder parameter `name`."""
-    return _name(name, TOP, LAYER, "model.layers")
 
 
 def gguf_name(name: str) -> str:
@@ -136,8 +126,32 @@ def _name(name: str, top: Mapping[str, str], layer: Mapping[str, str], prefix: s
 
 
 def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
+    return checkpoint_weights(config, read, LAYER)
+
+
+def checkpoint_weights(
+    config: DecoderConfig, read: Read, layer: Mapping[str, str], added_to_norms: float = 0.0
+) -> Iterator[tuple[str, Float]]:
+    """Parameters by the checkpoint's names of a layer's. Gemma stores the weights of its norms less 1.
+
+    Where only a part of each head rotates, rows of q and k are brought into the decoder's order.
+    """
+    order = rope.full_order(config.head_dim, config.rope_dims) if config.rope_dims else None
     for name in config.parameter_shapes():
-        yield name, read(checkpoint_name(name))
+        array = read(_name(name, TOP, layer, "model.layers"))
+        inner = name.removesuffix(".bias")
+        if order is not None and inner.endswith(("attention.q", "attention.k")):
+            array = in_order(array, order)
+        elif order is not None and inner.endswith(("q_norm", "k_norm")):
+            array = array[order]
+        yield name, array + np.float32(added_to_norms) if added_to_norms and inner.endswith("norm") else array
+
+
+def in_order(rows: Float, order: npt.NDArray[np.intp]) -> Float:
+    """Rows (heads * head_dim, …), those of every head in that order (head_dim,)."""
+    if rows.shape[0] % len(order):
+        return rows  # the check of shapes names it
+    return np.ascontiguousarray(rows.reshape(-1, len(order), *rows.shape[1:])[:, order]).reshape(rows.shape)
 
 
 def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
@@ -170,6 +184,7 @@ def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
         activation="silu",
         gated_mlp=True,
         attention_bias="blk.0.attn_q.bias" in shapes,
+        output_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_up.bias" in shapes,
         tied_embeddings="output.weight" not in shapes,
         rope_theta=float(fields.get("rope.freq_base", 10000.0)),

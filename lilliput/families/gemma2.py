@@ -1,0 +1,54 @@
+"""Gemma 2: as Gemma 3, with soft caps of scores and logits in place of norms of q and k, a window in every other layer,
+and one rotary base.
+
+Weight names as in transformers' Gemma2ForCausalLM, which stores the weights of norms less 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lilliput.families import Read, checked, gemma3, llama, refuse, windows
+from lilliput.grid import Float
+from lilliput.model import DecoderConfig
+
+ARCHITECTURES = ("Gemma2ForCausalLM",)
+UNUSED = re.compile(r".*rotary_emb\.inv_freq")
+# transformers' Gemma2Config, where config.json does not say
+DEFAULTS: dict[str, Any] = {
+    "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0, "max_position_embeddings": 8192,
+}  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,),
+    "partial_rotary_factor": (1.0,),
+}  # fmt: skip
+
+
+def config(hf: Mapping[str, Any]) -> DecoderConfig:
+    refuse(hf, NEUTRAL, "config.json")
+    hf = {**DEFAULTS, **hf}
+    found, bias = llama.plain(hf, "gemma2", tied=True), bool(hf.get("attention_bias"))
+    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(found.num_layers)]
+    return checked(
+        replace(
+            found,
+            activation="gelu_tanh",
+            attention_bias=bias,
+            output_bias=bias,
+            post_norms=True,
+            embedding_scale=found.hidden_size**0.5,
+            attention_scale=hf["query_pre_attn_scalar"] ** -0.5,
+            windows=windows(hf.get("layer_types") or kinds, hf["sliding_window"], found.max_positions),
+            attention_softcap=hf["attn_logit_softcapping"] or 0.0,
+            logit_softcap=hf["final_logit_softcapping"] or 0.0,
+        ),
+        "config.json",
+    )
+
+
+def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
+    return llama.checkpoint_weights(config, read, gemma3.LAYER, added_to_norms=1.0)

@@ -1,0 +1,67 @@
+"""Phi 3, 3.5 and Phi 4 mini: a Llama whose q, k, v lie in one matrix and gate, up in another; heads that may rotate in
+part; long RoPE.
+
+Weight names as in transformers' Phi3ForCausalLM. The stacks are taken apart here: rows of q, then k, then v; rows of
+gate, then up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lilliput.families import Read, checked, llama, refuse, windows
+from lilliput.grid import Float
+from lilliput.model import DecoderConfig
+
+ARCHITECTURES = ("Phi3ForCausalLM",)
+UNUSED = re.compile(r".*rotary_emb\.inv_freq")
+ORIGINAL_POSITIONS = 4096  # transformers' Phi3Config, where config.json does not say
+OLDER_NAMES = ("su", "yarn")  # of longrope, in Phi 3's first files
+
+
+def config(hf: Mapping[str, Any]) -> DecoderConfig:
+    refuse(hf, {"hidden_act": ("silu",)}, "config.json")
+    found = llama.plain({"original_max_position_embeddings": ORIGINAL_POSITIONS, **hf, **_scaling(hf)}, "phi3")
+    kinds = ["sliding_attention"] * found.num_layers
+    rotating = int(found.head_dim * (hf.get("partial_rotary_factor") or 1.0))
+    found = replace(
+        found,
+        rope_dims=rotating if rotating != found.head_dim else 0,
+        windows=windows(kinds, hf.get("sliding_window"), found.max_positions),
+    )
+    return checked(found, "config.json")
+
+
+def _scaling(hf: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = hf.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    return {"rope_scaling": {**scaling, "rope_type": "longrope"}} if kind in OLDER_NAMES else {}
+
+
+def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
+    return llama.checkpoint_weights(config, _unstacked(config, read), llama.LAYER)
+
+
+def _unstacked(config: DecoderConfig, read: Read) -> Read:
+    """Llama's names, read out of the stacks."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = {
+        "q_proj": ("qkv_proj", 0, heads),
+        "k_proj": ("qkv_proj", heads, heads + kv_heads),
+        "v_proj": ("qkv_proj", heads + kv_heads, None),
+        "gate_proj": ("gate_up_proj", 0, config.intermediate_size),
+        "up_proj": ("gate_up_proj", config.intermediate_size, None),
+    }
+
+    def unstacked(name: str) -> Float:
+        for part, (stack, begin, end) in parts.items():
+            if f".{part}." in name:
+                return np.ascontiguousarray(read(name.replace(part, stack))[begin:end])
+        return read(name)
+
+    return unstacked
