@@ -52,12 +52,13 @@ class RangeOptions(BaseModel):
 
 def activation_grid(seen: Histogram, options: RangeOptions) -> ActivationGrid:
     """The grid of what was seen; a channel that saw nothing has the range of zero."""
-    ends = [_ends(seen, channel, options) for channel in range(len(seen.counts))]
+    ends = [range_ends(seen, channel, options) for channel in range(len(seen.counts))]
     low, high = (np.array(side, np.float64) for side in zip(*ends, strict=True))
     return grid_of(low, high, options.dtype, options.symmetric, options.axis)
 
 
-def _ends(seen: Histogram, channel: int, options: RangeOptions) -> tuple[float, float]:
+def range_ends(seen: Histogram, channel: int, options: RangeOptions) -> tuple[float, float]:
+    """The least and the greatest value that a channel's grid is to hold."""
     counts, edges = seen.counts[channel].numpy(), seen.edges(channel)
     if not counts.sum():
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Observers: what passes through a tensor, in memory that does not grow, and the static integer grid made of it.
+"""Observers: what passes through a tensor, in memory that does not grow.
 
 A histogram of a channel has BINS bins of width w = 2^e, edges at the multiples of w, half of them below zero:
 
@@ -9,86 +9,27 @@ exact: the counts after any batches, in any order or merged from several observe
 final width, which is the least that holds the largest magnitude. So at least BINS/4 bins lie within it. The least
 and the greatest value are kept as they are, exact zeros are counted apart: they lie on every grid.
 
-A static grid is x ≈ scale · (code − zero_point), per tensor or per channel, with the scale in float32 and zero in its
-range, so that zero is a code:
-
-    asymmetric   scale = (high − low) / (qmax − qmin)    zero_point = round(qmin − low / scale), within the codes
-    symmetric    scale = max(|low|, |high|) / qmax        zero_point = 0, qmin = −qmax
-
-    int8 −128..127, uint8 0..255, int16 −32768..32767, uint16 0..65535; symmetric int8 −127..127, int16 −32767..32767
-
-which are ONNX's QuantizeLinear (onnx.ai, operators) and LiteRT's quantization spec (int8 activations asymmetric, int16
-symmetric). Which low and high: calibration.clipping.
+Which range a static grid (lilliput.activation_grid) then holds: calibration.clipping.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lilliput.activation_grid import ActivationGrid as ActivationGrid
+from lilliput.activation_grid import Double as Double
+from lilliput.activation_grid import Dtype as Dtype
+from lilliput.activation_grid import code_range as code_range
+from lilliput.activation_grid import grid_of as grid_of
 from lilliput.errors import CalibrationError
-from lilliput.grid import Float
 
-Dtype = Literal["int8", "uint8", "int16", "uint16"]
-Double = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 BINS = 4096
 LEAST_EXPONENT, MOST_SHIFT = -160, 62
-RANGES: dict[Dtype, tuple[int, int]] = {
-    "int8": (-128, 127),
-    "uint8": (0, 255),
-    "int16": (-32768, 32767),
-    "uint16": (0, 65535),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class ActivationGrid:
-    """A static grid: one scale and zero point for the tensor (axis None, arrays of one), or for each channel."""
-
-    scale: Float  # (channels,) float32
-    zero_point: npt.NDArray[np.int32]  # (channels,)
-    qmin: int
-    qmax: int
-    dtype: Dtype
-    axis: int | None
-
-    def dequantized(self, x: Double) -> Double:
-        """(channels, …) → the same on the grid: what the runtime's quantize and dequantize make of it."""
-        shape = (-1, *[1] * (x.ndim - 1))
-        scale, zero_point = self.scale.reshape(shape).astype(np.float64), self.zero_point.reshape(shape)
-        codes = np.clip(np.rint(x / scale) + zero_point, self.qmin, self.qmax)
-        on_grid: Double = scale * (codes - zero_point)
-        return on_grid
-
-
-def code_range(dtype: Dtype, symmetric: bool) -> tuple[int, int]:
-    """qmin and qmax. Raises CalibrationError for a symmetric grid of unsigned codes: it would lose half of them."""
-    low, high = RANGES[dtype]
-    if symmetric and low == 0:
-        raise CalibrationError(f"a symmetric activation grid has signed codes, seen {dtype}: wanted int8 or int16")
-    return (-high, high) if symmetric else (low, high)
-
-
-def grid_of(low: Double, high: Double, dtype: Dtype, symmetric: bool, axis: int | None) -> ActivationGrid:
-    """The grid that holds the ranges (channels,), with zero; one of nothing but zero has scale 1, zero point 0."""
-    qmin, qmax = code_range(dtype, symmetric)
-    low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-    wide = np.maximum(-low, high) / qmax if symmetric else (high - low) / (qmax - qmin)
-    scale = wide.astype(np.float32)
-    nothing = scale < np.finfo(np.float32).tiny
-    scale[nothing] = 1.0
-    zero_point = np.zeros(len(scale), np.int32)
-    if not symmetric:
-        zero_point = np.clip(np.rint(qmin - low / scale), qmin, qmax).astype(np.int32)
-        zero_point[nothing] = 0
-    return ActivationGrid(scale, zero_point, qmin, qmax, dtype, axis)
 
 
 class Histogram:
