@@ -54,7 +54,12 @@ class Limit(Record):
     share: float | None = None
 
 
-ORT = ("DEFAULT", "RTN", "k_quant", "HQQ-b64")  # blocks of 32 with HQQ's float zero points weigh a fifth more: met apart
+ORT = (
+    "DEFAULT",
+    "RTN",
+    "k_quant",
+    "HQQ-b64",
+)  # blocks of 32 with HQQ's float zero points weigh a fifth more: met apart
 LIMITS = (
     Limit(part="gguf", subject="gguf-int4", peers=("Q4_0",), most=0.075),
     Limit(part="gguf", subject="gguf-at-Q4_0", peers=("Q4_0",), most=0.075),

@@ -1,4 +1,5 @@
-"""What an exporter is: a module of this folder with one class `Exporter` and its pydantic `Options`.
+"""What an exporter is: a module of this folder with one class `Exporter` and its pydantic `Options`; for models that
+are no decoder (lilliput.network) the class is `NetworkExporter`.
 
 An exporter packs what it is given and writes files; it never chooses a number. `read` gives the
 weights back from the written file with the format's own reader, so that the caller can prove
@@ -17,6 +18,7 @@ from lilliput.artifact import Artifact
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
 from lilliput.model import FEATURES, DecoderConfig, Feature, QuantizedModel, Role, TracedModel
+from lilliput.network import QuantizedNetwork
 
 
 class ExporterOptions(BaseModel):
@@ -60,4 +62,24 @@ class Exporter(Protocol):
 
     def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
         """The weights in the file by decoder parameter name: fused q, k, v and gate, up are apart again."""
+        ...
+
+
+class NetworkExporter(Protocol):
+    """One format of static integer networks. Stateless."""
+
+    Options: ClassVar[type[ExporterOptions]]
+    packages: ClassVar[tuple[str, ...]]  # imported packages it needs, checked before work
+    extra: ClassVar[str]  # the extra of lilliput that installs them
+    activations: ClassVar[tuple[str, ...]]  # dtypes of activation grids that the format holds, the usual first
+
+    def export(self, model: QuantizedNetwork, options: ExporterOptions, folder: Path) -> tuple[Artifact, list[str]]:
+        """Write the network into `folder` (exists, empty); what stays in float, a sentence each.
+
+        Raises ExportError naming the node that the format cannot hold.
+        """
+        ...
+
+    def differences(self, model: QuantizedNetwork, artifact: Artifact) -> list[str]:
+        """Where codes, scales, zero points or biases in the file are not the model's, by name; empty where all are."""
         ...

@@ -1,4 +1,5 @@
-"""What there is to name in a recipe: solvers, transforms, exporters, runtimes, devices, families, grids, recipes.
+"""What there is to name in a recipe: solvers, transforms, exporters, runtimes, devices, families, grids, recipes;
+exporters and runtimes of networks that are no decoder stand in the same folders.
 
 A folder is a registry: a plugin is a module or package of it that defines (or imports from its own parts) the
 folder's class. Its source is parsed, never imported, so that listing needs neither torch nor any runtime;
@@ -29,6 +30,8 @@ FOLDERS = {
     "exporters": ("exporters", "Exporter"),
     "runtimes": ("targets/runtimes", "Runtime"),
     "devices": ("targets/devices", "Device"),
+    "network_exporters": ("exporters", "NetworkExporter"),
+    "network_runtimes": ("targets/runtimes", "NetworkRuntime"),
     "families": ("lilliput/families", "ARCHITECTURES"),
 }
 KINDS = (*FOLDERS, "grids", "recipes")

@@ -9,6 +9,8 @@ imported when its class is asked for. Class constants that planning needs (`pack
     exporters  exporters/          class Exporter
     runtimes   targets/runtimes/   class Runtime
     devices    targets/devices/    class Device
+    network_exporters  exporters/         class NetworkExporter     (of networks that are no decoder)
+    network_runtimes   targets/runtimes/  class NetworkRuntime
 
 Other distributions add theirs through the entry-point groups `lilliput.<kind>` (value: a module, or module:class).
 """
@@ -29,7 +31,9 @@ from pydantic import BaseModel, ValidationError
 from lilliput.errors import MissingPackageError, RecipeError, did_you_mean
 from lilliput.listing import FOLDERS, ROOT, entries
 
-Kind = Literal["solvers", "transforms", "exporters", "runtimes", "devices"]
+Kind = Literal[
+    "solvers", "transforms", "exporters", "runtimes", "devices", "network_exporters", "network_runtimes",
+]  # fmt: skip
 OURS = ("lilliput", "calibration", "exporters", "targets")
 
 

@@ -1,4 +1,5 @@
 """What a runtime is: a module of targets/runtimes/ with one class `Runtime`; and the session it opens.
+For networks that are no decoder the class is `NetworkRuntime`, and a session runs whole inputs.
 What a device is: a module of targets/devices/ with one class `Device`, and the connection that it opens, which runs
 requests there: push, run, pull, probe, close.
 
@@ -7,10 +8,12 @@ All runtimes are driven through the same few calls, so that speed and accuracy a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel
 
 from lilliput.artifact import Artifact
@@ -50,6 +53,34 @@ class Runtime(Protocol):
 
     def open(self, artifact: Artifact, threads: int, *, exact: bool = False) -> Session:
         """Load. `exact` (for an artifact exported exact): every option of the runtime that trades precision is off."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the runtime's packages."""
+        ...
+
+
+class NetworkSession(Protocol):
+    """A loaded network of fixed shapes."""
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.float32] | npt.NDArray[np.int32]]) -> dict[str, Float]:
+        """The outputs by name, float32; images are (N, C, H, W). Raises InputError for inputs that are not its own."""
+        ...
+
+    def close(self) -> None:
+        """Free the network."""
+        ...
+
+
+class NetworkRuntime(Protocol):
+    """One runtime of static networks on the machine that this process runs on. Stateless."""
+
+    exporters: ClassVar[tuple[str, ...]]  # whose artifacts it opens
+    packages: ClassVar[tuple[str, ...]]  # imported packages it needs
+    extra: ClassVar[str]  # the extra of lilliput that installs them
+
+    def open(self, artifact: Artifact, threads: int) -> NetworkSession:
+        """Load. Raises ArtifactError for a file that the runtime does not take, naming the node where it says it."""
         ...
 
     def versions(self) -> dict[str, str]:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 from lilliput import fingerprint, listing, registry
 from lilliput.errors import MissingPackageError, RecipeError
 
-KINDS: tuple[registry.Kind, ...] = ("solvers", "transforms", "exporters", "runtimes", "devices")
+KINDS: tuple[registry.Kind, ...] = (
+    "solvers", "transforms", "exporters", "runtimes", "devices", "network_exporters", "network_runtimes",
+)  # fmt: skip
 PLUGINS = [(kind, name) for kind in KINDS for name in registry.known(kind)]
 METHODS = {
     "solvers": ("solve",),
@@ -22,6 +24,8 @@ METHODS = {
     "exporters": ("refuses", "export", "read"),
     "runtimes": ("open", "versions"),
     "devices": ("describe", "open"),
+    "network_exporters": ("export", "differences"),
+    "network_runtimes": ("open", "versions"),
 }
 CONSTANTS = {
     "solvers": {"needs_statistics": bool},
@@ -29,6 +33,8 @@ CONSTANTS = {
     "exporters": {"packages": tuple, "extra": str},
     "runtimes": {"packages": tuple, "extra": str, "exporters": tuple},
     "devices": dict[str, type](),
+    "network_exporters": {"packages": tuple, "extra": str, "activations": tuple},
+    "network_runtimes": {"packages": tuple, "extra": str, "exporters": tuple},
 }
 
 
@@ -52,7 +58,7 @@ def test_a_plugin_keeps_its_contract(kind: registry.Kind, name: str) -> None:
     assert (sys.modules[plugin.__module__].__doc__ or "").strip()
 
 
-@pytest.mark.parametrize(("kind", "name"), [p for p in PLUGINS if p[0] != "runtimes"])
+@pytest.mark.parametrize(("kind", "name"), [p for p in PLUGINS if not p[0].endswith("runtimes")])
 def test_options_are_frozen_and_refuse_unknown_keys(kind: registry.Kind, name: str) -> None:
     made = registry.options(kind, name, {})
     assert isinstance(made, BaseModel)
