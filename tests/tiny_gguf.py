@@ -72,6 +72,45 @@ def write_llama(
     return _close(writer, path)
 
 
+def write_family(path: Path, folder: Path, kind: Type = Type.F32, changes: Iterable[Change] = ()) -> Path:
+    """A model of tiny_models.KINDS as a GGUF file: tensors by gguf's own map of Hugging Face's names.
+
+    Gemma's norms are written with their ones, as convert_hf_to_gguf.py does it; rows of SmolLM3's q and k permuted.
+    """
+    hf, tensors = _read(folder)
+    family = hf["model_type"].removesuffix("_text")
+    names = gguf.get_tensor_name_map(
+        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family), hf["num_hidden_layers"]
+    )
+    writer = Writer(path, family)
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    writer.add_block_count(hf["num_hidden_layers"])
+    writer.add_context_length(hf["max_position_embeddings"])
+    writer.add_embedding_length(hf["hidden_size"])
+    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_head_count(hf["num_attention_heads"])
+    writer.add_head_count_kv(hf["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * hf.get("partial_rotary_factor", 1)))
+    writer.add_rope_freq_base(hf["rope_theta"])
+    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    writer.add_vocab_size(hf["vocab_size"])
+    if hf.get("sliding_window"):
+        writer.add_sliding_window(hf["sliding_window"])
+    byte_level_vocabulary(writer, folder / "tokenizer.json")
+    for change in changes:
+        change(writer)
+    for name, array in tensors.items():
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        _add(writer, theirs, permute(array, hf[heads]) if family == "smollm3" and heads else array, kind)
+    return _close(writer, path)
+
+
 def write_gpt2(path: Path, folder: Path, kind: Type = Type.F32) -> Path:
     """The GPT-2 in `folder` as a GGUF file: Conv1D matrices transposed to (out, in)."""
     hf, tensors = _read(folder)

@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as BlockType
 
 from exporters.base import ExporterOptions
 from exporters.gguf_llamacpp import metadata, tensors, vocabulary
-from lilliput import families
+from lilliput import families, rope
 from lilliput.artifact import Artifact
 from lilliput.errors import ArtifactError, ExportError, MissingPackageError, SourceError
 from lilliput.ggml import blocks
@@ -148,6 +148,7 @@ def read_config(file: gguf.GGUFReader) -> DecoderConfig:
         if key.startswith(f"{architecture}.")
     }
     shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in file.tensors}
+    fields |= rope.gguf_factors({tensor.name: tensor for tensor in file.tensors})
     return families.gguf_family_of(architecture).gguf_config(fields, shapes)
 
 

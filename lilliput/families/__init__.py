@@ -8,7 +8,8 @@ A family module offers, for Hugging Face folders and for GGUF files,
     def weights(config, read, names) -> Iterator[(name, array)]    which checkpoint weight goes where
 
     GGUF_ARCHITECTURE: str                               `general.architecture` that it reads
-    def gguf_config(fields, shapes) -> DecoderConfig     which metadata key means what (keys without the prefix)
+    def gguf_config(fields, shapes) -> DecoderConfig     which metadata key means what (keys without the prefix; the
+                                                         tensors of lilliput.rope.GGUF_FACTORS are there as lists)
     def gguf_weights(config, read) -> Iterator[(name, array)]
 
 `read(name)` gives a checkpoint tensor as float32, `names` is the set of tensors that there are, `shapes`

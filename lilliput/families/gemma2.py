@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lilliput.families import Read, checked, gemma3, llama, refuse, windows
+from lilliput.families import Read, Shapes, checked, gemma3, llama, refuse, windows
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)
 UNUSED = re.compile(r".*rotary_emb\.inv_freq")
+GGUF_ARCHITECTURE = "gemma2"
+GGUF_LAYERS_OF_27B = 46
 # transformers' Gemma2Config, where config.json does not say
 DEFAULTS: dict[str, Any] = {
     "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
@@ -52,3 +54,19 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
     return llama.checkpoint_weights(config, read, gemma3.LAYER, added_to_norms=1.0)
+
+
+def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
+    found = llama.gguf_plain(fields, shapes, "gemma2")
+    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(found.num_layers)]
+    found = replace(
+        gemma3.gguf_gemma(found, GGUF_LAYERS_OF_27B),
+        windows=windows(kinds, fields.get("attention.sliding_window"), found.max_positions),
+        attention_softcap=float(fields.get("attn_logit_softcapping") or DEFAULTS["attn_logit_softcapping"]),
+        logit_softcap=float(fields.get("final_logit_softcapping") or DEFAULTS["final_logit_softcapping"]),
+    )
+    return checked(found, "GGUF metadata")
+
+
+def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:
+    return llama.gguf_parameters(config, read)

@@ -12,12 +12,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lilliput.families import Read, checked, llama, refuse, windows
+from lilliput.errors import SourceError
+from lilliput.families import Read, Shapes, checked, llama, refuse, windows
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 ARCHITECTURES = ("Gemma3ForCausalLM",)
 UNUSED = re.compile(r".*rotary_emb(_local)?\.inv_freq")
+GGUF_ARCHITECTURE = "gemma3"
+GGUF_LAYERS_OF_27B, GGUF_PATTERN = (
+    62,
+    6,
+)  # llama.cpp's: where scores are scaled otherwise, and every how-manieth is full
 LAYER = {
     **llama.LAYER,
     "attention.q_norm": "self_attn.q_norm",
@@ -63,3 +69,36 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
     return llama.checkpoint_weights(config, read, LAYER, added_to_norms=1.0)
+
+
+def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
+    found = llama.gguf_plain(fields, shapes, "gemma3")
+    pattern = fields.get("attention.sliding_window_pattern") or GGUF_PATTERN
+    if not isinstance(pattern, int):
+        raise SourceError(f"GGUF metadata: attention.sliding_window_pattern {pattern!r} is not supported: a number is")
+    kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(found.num_layers)]
+    found = replace(
+        gguf_gemma(found, GGUF_LAYERS_OF_27B),
+        qk_norm=True,
+        windows=windows(kinds, fields.get("attention.sliding_window")),
+        logit_softcap=float(fields.get("final_logit_softcapping") or 0.0),
+        rope_local_theta=float(fields.get("rope.freq_base_swa") or DEFAULTS["rope_local_base_freq"]),
+    )
+    return checked(found, "GGUF metadata")
+
+
+def gguf_gemma(plain: DecoderConfig, layers_of_27b: int) -> DecoderConfig:
+    """What Gemmas share. The scale of scores is not in the metadata: llama.cpp knows the 27B model by its layers."""
+    per_head = plain.hidden_size // plain.num_heads if plain.num_layers == layers_of_27b else plain.head_dim
+    return replace(
+        plain,
+        activation="gelu_tanh",
+        post_norms=True,
+        embedding_scale=plain.hidden_size**0.5,
+        attention_scale=per_head**-0.5,
+    )
+
+
+def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:
+    """The norms' ones are in the file."""
+    return llama.gguf_parameters(config, read)

@@ -46,16 +46,20 @@ REQUIRED = (
 NEUTRAL: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,)}
 MISTRAL_SLIDING_WINDOW = 4096  # transformers' MistralConfig, where config.json does not say
 
-GGUF_LAYER = {
+GGUF_LAYER = {  # of all families that name their tensors so
     "attention_norm": "attn_norm",
     "attention.q": "attn_q",
     "attention.k": "attn_k",
     "attention.v": "attn_v",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
     "attention.o": "attn_output",
+    "attention_post_norm": "post_attention_norm",
     "mlp_norm": "ffn_norm",
     "mlp.gate": "ffn_gate",
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
+    "mlp_post_norm": "post_ffw_norm",
 }
 GGUF_TOP = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
 GGUF_REQUIRED = (
@@ -64,8 +68,7 @@ GGUF_REQUIRED = (
 )  # fmt: skip
 # Keys (gguf's constants.py) that change the arithmetic, and the values that leave it alone.
 GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0, 0.0), "rope.scale_linear": (1.0, 0.0),
-    "rope.scaling.attn_factor": (1.0, 0.0), "expert_count": (0,), "logit_scale": (1.0, 0.0),
+    "expert_count": (0,), "logit_scale": (1.0, 0.0),
     "residual_scale": (1.0, 0.0), "embedding_scale": (1.0, 0.0), "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,), "attention.causal": (True,),
 }  # fmt: skip
@@ -112,6 +115,11 @@ def plain(hf: Mapping[str, Any], family: str, *, tied: bool = False) -> DecoderC
     )
 
 
+def checkpoint_name(name: str, layer: Mapping[str, str] = LAYER) -> str:
+    """The Hugging Face checkpoint's name of decoder parameter `name`."""
+    return _name(name, TOP, layer, "model.layers")
+
+
 def gguf_name(name: str) -> str:
     """The GGUF file's name of decoder parameter `name`."""
     return _name(name, GGUF_TOP, GGUF_LAYER, "blk")
@@ -138,7 +146,7 @@ def checkpoint_weights(
     """
     order = rope.full_order(config.head_dim, config.rope_dims) if config.rope_dims else None
     for name in config.parameter_shapes():
-        array = read(_name(name, TOP, layer, "model.layers"))
+        array = read(checkpoint_name(name, layer))
         inner = name.removesuffix(".bias")
         if order is not None and inner.endswith(("attention.q", "attention.k")):
             array = in_order(array, order)
@@ -155,29 +163,28 @@ def in_order(rows: Float, order: npt.NDArray[np.intp]) -> Float:
 
 
 def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
+    found = gguf_plain(fields, shapes, "llama")
+    refuse(fields, {"rope.dimension_count": (found.head_dim,)}, "GGUF metadata")
+    return checked(without_window(found, fields), "GGUF metadata")
+
+
+def gguf_plain(fields: Mapping[str, Any], shapes: Shapes, family: str) -> DecoderConfig:
+    """A decoder by the metadata that all families share; biases are where the tensors are. Not `checked` yet."""
     require(fields, GGUF_REQUIRED, "GGUF metadata")
     refuse(fields, GGUF_NEUTRAL, "GGUF metadata")
-    hidden, heads = fields["embedding_length"], fields["attention.head_count"]
-    kv_heads = fields.get("attention.head_count_kv", heads)
+    hidden, heads, positions = fields["embedding_length"], fields["attention.head_count"], rope.from_gguf(fields)
     head_dim = fields.get("attention.key_length") or hidden // heads
-    for key in ("rope.dimension_count", "attention.value_length"):
-        refuse(fields, {key: (head_dim,)}, "GGUF metadata")
-    window, positions = fields.get("attention.sliding_window") or 0, fields["context_length"]
-    if 0 < window < positions:
-        raise SourceError(
-            f"GGUF metadata: attention.sliding_window {window} is smaller than context_length {positions}, "
-            "and sliding windows are not supported"
-        )
-    config = DecoderConfig(
-        family="llama",
+    refuse(fields, {"attention.value_length": (head_dim,)}, "GGUF metadata")
+    return DecoderConfig(
+        family=family,
         vocab_size=shapes.get("token_embd.weight", (fields.get("vocab_size", 0), 0))[0],
         hidden_size=hidden,
         intermediate_size=fields["feed_forward_length"],
         num_layers=fields["block_count"],
         num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_kv_heads=fields.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        max_positions=positions,
+        max_positions=positions.max_positions,
         norm="rms",
         norm_eps=float(np.float32(fields["attention.layer_norm_rms_epsilon"])),
         positions="rope",
@@ -187,15 +194,35 @@ def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
         output_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_up.bias" in shapes,
         tied_embeddings="output.weight" not in shapes,
-        rope_theta=float(fields.get("rope.freq_base", 10000.0)),
+        rope_theta=positions.theta,
+        rope_scaling=positions.scaling,
     )
-    return checked(config, "GGUF metadata")
+
+
+def without_window(config: DecoderConfig, fields: Mapping[str, Any]) -> DecoderConfig:
+    """Raise SourceError for a window that a query can reach past: llama.cpp has none in this architecture."""
+    window = fields.get("attention.sliding_window") or 0
+    if 0 < window < config.max_positions:
+        raise SourceError(
+            f"GGUF metadata: attention.sliding_window {window} is smaller than context_length {config.max_positions}, "
+            f"and {config.family!r} has no sliding windows in GGUF"
+        )
+    return config
 
 
 def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:
+    return gguf_parameters(config, read, interleaved=True)
+
+
+def gguf_parameters(config: DecoderConfig, read: Read, *, interleaved: bool = False) -> Iterator[tuple[str, Float]]:
+    """Parameters by GGUF_LAYER's names. `interleaved`: rows of q and k are in ggml's order."""
+    order = rope.full_order(config.head_dim, config.rope_dims) if config.rope_dims else None
     for name in config.parameter_shapes():
         array, inner = read(gguf_name(name)), name.removesuffix(".bias")
-        yield name, half_split(array, config.head_dim) if inner.endswith(("attention.q", "attention.k")) else array
+        if inner.endswith(("attention.q", "attention.k")):
+            array = half_split(array, config.head_dim) if interleaved else array
+            array = array if order is None else in_order(array, order)
+        yield name, array
 
 
 def half_split(rows: Float, head_dim: int) -> Float:

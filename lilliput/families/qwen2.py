@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lilliput.families import Read, checked, llama, refuse, windows
+from lilliput.families import Read, Shapes, checked, llama, refuse, windows
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 UNUSED = re.compile(r".*rotary_emb\.inv_freq")
+GGUF_ARCHITECTURE = "qwen2"
 SLIDING_WINDOW, FULL_LAYERS = 4096, 28  # transformers' Qwen2Config and Qwen3Config, where config.json does not say
 
 
@@ -36,3 +37,12 @@ def layer_windows(hf: Mapping[str, Any], config: DecoderConfig) -> tuple[int, ..
 
 def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
     return llama.checkpoint_weights(config, read, llama.LAYER)
+
+
+def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
+    found = llama.without_window(llama.gguf_plain(fields, shapes, "qwen2"), fields)
+    return checked(found, "GGUF metadata")
+
+
+def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:
+    return llama.gguf_parameters(config, read)

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lilliput.families import Read, checked, llama, qwen2, refuse
+from lilliput.families import Read, Shapes, checked, llama, qwen2, refuse
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 UNUSED = re.compile(r".*rotary_emb\.inv_freq")
+GGUF_ARCHITECTURE = "qwen3"
 LAYER = {**llama.LAYER, "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
 HEAD_DIM = 128  # transformers' Qwen3Config, where config.json does not say
 
@@ -32,3 +33,12 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
     return llama.checkpoint_weights(config, read, LAYER)
+
+
+def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
+    found = llama.without_window(llama.gguf_plain(fields, shapes, "qwen3"), fields)
+    return checked(replace(found, qk_norm=True), "GGUF metadata")
+
+
+def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:
+    return llama.gguf_parameters(config, read)

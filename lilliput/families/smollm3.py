@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lilliput.families import Read, checked, llama, refuse, windows
+from lilliput.families import Read, Shapes, checked, llama, refuse, windows
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 
 ARCHITECTURES = ("SmolLM3ForCausalLM",)
 UNUSED = re.compile(r".*rotary_emb\.inv_freq")
+GGUF_ARCHITECTURE = "smollm3"
 ROPE_THETA, INTERVAL = 2e6, 4  # transformers' SmolLM3Config, where config.json does not say
 
 
@@ -42,3 +43,15 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def weights(config: DecoderConfig, read: Read, names: frozenset[str]) -> Iterator[tuple[str, Float]]:
     return llama.checkpoint_weights(config, read, llama.LAYER)
+
+
+def gguf_config(fields: Mapping[str, Any], shapes: Shapes) -> DecoderConfig:
+    """llama.cpp knows no other interval."""
+    found = llama.without_window(llama.gguf_plain(fields, shapes, "smollm3"), fields)
+    refuse(fields, {"rope.dimension_count": (found.head_dim,)}, "GGUF metadata")
+    free = tuple(i for i in range(found.num_layers) if (i + 1) % INTERVAL == 0)
+    return checked(replace(found, rope_free_layers=free), "GGUF metadata")
+
+
+def gguf_weights(config: DecoderConfig, read: Read) -> Iterator[tuple[str, Float]]:
+    return llama.gguf_parameters(config, read, interleaved=True)

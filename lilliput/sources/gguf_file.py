@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lilliput import parity, tokenizer
+from lilliput import parity, rope, tokenizer
 from lilliput.errors import SourceError
 from lilliput.families import Family, Read, gguf_family_of
 from lilliput.grid import Float
@@ -53,7 +53,7 @@ class GgufFile:
         return _shapes(self.tensors)
 
     def unused(self, name: str) -> bool:
-        return False
+        return name in rope.GGUF_FACTORS  # a part of the configuration
 
     def file_of(self, name: str) -> str:
         return self.path.name
@@ -98,7 +98,7 @@ def open_gguf(path: Path) -> GgufFile:
         raise SourceError(f"{path}: no 'general.architecture' in its metadata, wanted a language model: check the file")
     family = gguf_family_of(architecture)
     own = {key.removeprefix(f"{architecture}."): value for key, value in fields.items()}
-    config = family.gguf_config(own, _shapes(tensors))
+    config = family.gguf_config(own | rope.gguf_factors(tensors), _shapes(tensors))
     return GgufFile(path, fields, tensors, family, config, tokenizer.read(fields))
 
 
