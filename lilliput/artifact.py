@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+PART = re.compile(r"-\d{5}-of-\d{5}$")  # ends the stem of one part of a split GGUF file
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Artifact:
     main_file: str
     context: int  # positions that the KV cache holds
     prefill: int  # tokens that one prefill call takes at most; 0: any number
+    notes: tuple[str, ...] = ()  # what its exporter has to say of it, for the report
 
     @property
     def path(self) -> Path:
@@ -23,8 +27,9 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all model files of the folder (the main file and its data files)."""
-        return sum(f.stat().st_size for f in self.folder.glob(f"{self.path.stem}*") if f.is_file())
+        """Bytes of all model files of the folder (the main file, its data files, the other parts of a split one)."""
+        stem = PART.sub("", self.path.stem)
+        return sum(f.stat().st_size for f in self.folder.glob(f"{stem}*") if f.is_file())
 
 
 def sha256(path: Path) -> str:

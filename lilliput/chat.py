@@ -185,9 +185,9 @@ def tokenizer_folder(folder: Path, model_file: Path) -> Iterator[Path]:
     bundle = next(iter(sorted(folder.glob("*.litertlm"))), None)
     with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
         if model_file.suffix == ".gguf":
-            from lilliput.sources.gguf_file import open_gguf
+            from lilliput.sources import gguf_file
 
-            open_gguf(model_file).save_tokenizer(Path(scratch))
+            gguf_file.save_tokenizer(model_file, Path(scratch))
         elif bundle is not None:
             lm_bundle.save_tokenizer(bundle, Path(scratch))
         else:

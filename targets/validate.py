@@ -271,7 +271,7 @@ def _result(
         ladder=rungs,
         gates=results,
         generation=generation,
-        notes=_notes(measured, figures),
+        notes=(*candidate.artifact.notes, *_notes(measured, figures)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -229,8 +230,15 @@ def test_parity_tries_every_special_token() -> None:
         seen.append(text)
         return [0]
 
-    assert parity.check("m", record, lambda text: [0], ("<|x|>", "<|y|>")) == len(TEXTS) + 2
+    assert parity.check("m", record, lambda text: [0], ("<|x|>", "<|y|>")) == f"{len(TEXTS) + 2} texts"
     assert any("<|y|>" in text for text in seen[len(TEXTS) :])
+
+
+def test_parity_names_what_it_leaves_out() -> None:
+    unlike = parity.LeftOut("numbers", lambda text: any(c.isdigit() for c in text))
+    said = parity.check("m", lambda text: [len(text)], lambda text: [len(re.sub(r"\d", "", text))], (), [unlike])
+    numbers = sum(any(c.isdigit() for c in text) for text in TEXTS)
+    assert said == f"{len(TEXTS) - numbers} texts, {numbers} left out (numbers)"
 
 
 def test_parity_says_when_llama_cpp_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

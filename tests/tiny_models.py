@@ -172,9 +172,10 @@ def sentencepiece_model(**options: object) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXTS for line in text.splitlines() if line.strip()] * 2),
-        model_writer=model, model_type="bpe", vocab_size=1200, byte_fallback=True, character_coverage=0.98,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **options,
-    )  # fmt: skip
+    settings = {
+        "model_type": "bpe", "vocab_size": 1200, "byte_fallback": True, "character_coverage": 0.98,
+        "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2, **options,
+    }  # fmt: skip
+    lines = [line for text in TEXTS for line in text.splitlines() if line.strip()] * 2
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
     return model.getvalue()

@@ -5,14 +5,16 @@ is F16 where that is exact, else F32: never a silent rounding. llama.cpp compute
 activations rounded to 8 bits, with an F16 matrix on activations rounded to float16, with an F32 matrix in
 float32. So the exact twin has every matrix as its dequantized F32.
 
-The file is written tensor by tensor: no more than one is in memory beside the model.
+The file is written tensor by tensor: no more than one is in memory beside the model. `split_mb` cuts it into files of
+at most that size (a larger tensor has one of its own), by llama.cpp's convention: model-00001-of-00003.gguf holds all
+metadata, each the keys split.no, split.count and split.tensors.count. llama.cpp opens the first and finds the others.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,22 +22,26 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as BlockType
+from gguf.gguf_writer import SHARD_NAME_FORMAT
+from pydantic import Field
 
 from exporters.base import ExporterOptions
 from exporters.gguf_llamacpp import metadata, tensors, vocabulary
 from lilliput import families, rope
 from lilliput.artifact import Artifact
-from lilliput.errors import ArtifactError, ExportError, MissingPackageError, SourceError
+from lilliput.errors import ArtifactError, ExportError
 from lilliput.ggml import blocks
 from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows, grid, take_rows
 from lilliput.model import DecoderConfig, QuantizedModel, Role, TracedModel
 
 MAIN_FILE = "model.gguf"
+SHARDS = "model-*-of-*.gguf"
 Packed = npt.NDArray[np.uint8] | npt.NDArray[np.float16] | Float
 
 
 class Options(ExporterOptions):
     check_tokenizer: bool = True  # hold llama.cpp's token ids of the written file against the tokenizer's own
+    split_mb: float | None = Field(default=None, gt=0)  # 10⁶ bytes a file; None: one file
 
 
 class Exporter:
@@ -55,21 +61,31 @@ class Exporter:
     ) -> Artifact:
         """Write model.gguf. The exact twin holds the same weights as F32, and its tokenizer is not checked again."""
         assert isinstance(options, Options)
-        write(model, folder / MAIN_FILE, exact=exact)
+        said = [write(model, folder / MAIN_FILE, exact=exact, prove=options.check_tokenizer, split_mb=options.split_mb)]
+        main = first_file(folder)
         if options.check_tokenizer and not exact:
-            check_tokenizer(folder / MAIN_FILE, model.tokenizer)
+            said.append(f"tokenizer: {vocabulary.proof.check(main, model.tokenizer)}")
         context = next(i for i in traced.signature("decode").inputs if i.name == "k_cache_0").shape[2]
-        return Artifact(folder, "gguf_llamacpp", MAIN_FILE, context, prefill=0)
+        return Artifact(folder, "gguf_llamacpp", main.name, context, prefill=0, notes=tuple(filter(None, said)))
 
     def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
         """With gguf's own reader; the configuration, and so the fusing and order of rows, comes from the metadata."""
         return read(artifact.path)
 
 
-def write(model: QuantizedModel, path: Path, *, exact: bool = False) -> None:
-    """Write the model as GGUF. Raises ExportError where the format cannot hold it."""
+def first_file(folder: Path) -> Path:
+    """The file that llama.cpp opens: the model, or the first of its parts."""
+    shards = sorted(folder.glob(SHARDS))
+    return shards[0] if shards else folder / MAIN_FILE
+
+
+def write(
+    model: QuantizedModel, path: Path, *, exact: bool = False, prove: bool = True, split_mb: float | None = None
+) -> str:
+    """Write the model as GGUF; a sentence for the report, or "". Raises ExportError where the format cannot hold it."""
     config = model.config
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[tensors.architecture(config)])
+    split_bytes = round(split_mb * 1e6) if split_mb else 0
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[tensors.architecture(config)], split_max_size=split_bytes)
     wanted = list(tensors.file_tensors(config))
     weights: Counter[BlockType] = Counter()
     for tensor in wanted:
@@ -78,7 +94,7 @@ def write(model: QuantizedModel, path: Path, *, exact: bool = False) -> None:
         if packed.ndim > 1:
             weights[kind] += packed.nbytes * gguf.GGML_QUANT_SIZES[kind][0] // gguf.GGML_QUANT_SIZES[kind][1]
     metadata.add(writer, model, weights)
-    vocabulary.add(writer, model.tokenizer, config.vocab_size)
+    said = vocabulary.add(writer, model.tokenizer, config.vocab_size, prove=prove)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -87,6 +103,7 @@ def write(model: QuantizedModel, path: Path, *, exact: bool = False) -> None:
             writer.write_tensor_data(_pack(model, tensor, exact)[1])
     finally:
         writer.close()
+    return said
 
 
 def _pack(model: QuantizedModel, tensor: tensors.FileTensor, exact: bool) -> tuple[BlockType, Packed]:
@@ -112,10 +129,11 @@ def _grid_name(model: QuantizedModel, parameter: str) -> str:
 
 
 def read(path: Path) -> dict[str, QuantizedTensor | Float]:
-    """The weights of a file that `write` wrote, by decoder parameter."""
+    """The weights of a file that `write` wrote, by decoder parameter; of all parts, where it is the first of some."""
     file = _open(path)
-    config = read_config(file)
-    stored = {tensor.name: tensor for tensor in file.tensors}
+    others = [_open(part) for part in _parts(path, file)[1:]]
+    config = read_config(file, others)
+    stored = {tensor.name: tensor for part in (file, *others) for tensor in part.tensors}
     grids: dict[str, str] = json.loads(_field(file, metadata.GRIDS))
     weights: dict[str, QuantizedTensor | Float] = {}
     for tensor in tensors.file_tensors(config):
@@ -123,6 +141,20 @@ def read(path: Path) -> dict[str, QuantizedTensor | Float]:
             raise ArtifactError(f"{path}: tensor {tensor.name} is missing: export it anew")
         _unpack(tensor, stored[tensor.name], grids, weights)
     return weights
+
+
+def _parts(path: Path, file: gguf.GGUFReader) -> list[Path]:
+    """All files of a model, `path` being the first. Raises ArtifactError where one is missing."""
+    field = file.get_field(gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    count = int(field.contents()) if field else 1
+    if count == 1:
+        return [path]
+    stem = path.stem.rsplit("-", 3)[0]
+    parts = [path.with_name(SHARD_NAME_FORMAT.format(stem, i + 1, count)) for i in range(count)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ArtifactError(f"{path}: {', '.join(missing)} of its {count} parts is missing: export it anew")
+    return parts
 
 
 def _open(path: Path) -> gguf.GGUFReader:
@@ -139,7 +171,7 @@ def _field(file: gguf.GGUFReader, key: str) -> str:
     return str(field.contents())
 
 
-def read_config(file: gguf.GGUFReader) -> DecoderConfig:
+def read_config(file: gguf.GGUFReader, others: Sequence[gguf.GGUFReader] = ()) -> DecoderConfig:
     """The decoder's configuration, by the family that reads GGUF sources of this architecture."""
     architecture = _field(file, "general.architecture")
     fields: dict[str, Any] = {
@@ -147,8 +179,9 @@ def read_config(file: gguf.GGUFReader) -> DecoderConfig:
         for key, field in file.fields.items()
         if key.startswith(f"{architecture}.")
     }
-    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in file.tensors}
-    fields |= rope.gguf_factors({tensor.name: tensor for tensor in file.tensors})
+    every = {tensor.name: tensor for part in (file, *others) for tensor in part.tensors}
+    shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in every.items()}
+    fields |= rope.gguf_factors(every)
     return families.gguf_family_of(architecture).gguf_config(fields, shapes)
 
 
@@ -171,21 +204,3 @@ def _unpack(
         rows = start + np.argsort(part.order())
         weights[part.parameter] = take_rows(whole, rows) if isinstance(whole, QuantizedTensor) else whole[rows]
         start += part.rows
-
-
-def check_tokenizer(path: Path, tokenizer: Path) -> str:
-    """Hold llama.cpp's token ids of the file against the tokenizer's own; the sentence for the report.
-
-    Raises ExportError for the first text that differs, MissingPackageError without llama.cpp.
-    """
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError as error:
-        purpose = "to check the tokenizer of a GGUF file (or set the exporter's option check_tokenizer: false)"
-        raise MissingPackageError("llama_cpp", "llamacpp", purpose) from error
-    from lilliput import parity
-
-    try:
-        return parity.against_llama_cpp(path, tokenizer)
-    except SourceError as error:
-        raise ExportError(f"the tokenizer of {path.name} in llama.cpp is not that of {tokenizer}: {error}") from error

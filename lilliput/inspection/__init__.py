@@ -4,6 +4,7 @@
     .onnx                  onnx_file.py          .safetensors           safetensors_file.py
     a folder with manifest.json    its model file, and every file's hash against the manifest
     a folder otherwise             the model file in it, or all its .safetensors
+    one part of a split .gguf      the whole model, from all parts beside it
 
 Nothing is loaded into a runtime, and no weight is read: formats' headers say all that is shown. Sizes are the
 bytes that are stored, scales and offsets included.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lilliput import manifest
-from lilliput.artifact import sha256
+from lilliput.artifact import PART, sha256
 from lilliput.errors import ArtifactError
 from lilliput.inspection.found import Contents, Group, Inspection, TensorFound
 
@@ -30,7 +31,14 @@ def inspect(path: Path) -> Inspection:
         raise ArtifactError(f"{path}: does not exist, wanted a model file or a folder with one")
     if path.is_dir():
         return _folder(path)
-    return _made(path, [path], _read(path))
+    return _made(path, _parts(path), _read(path))
+
+
+def _parts(file: Path) -> list[Path]:
+    """The parts of a split model that lie beside this one, or the file alone."""
+    if file.suffix != ".gguf" or not PART.search(file.stem):
+        return [file]
+    return sorted(p for p in file.parent.glob(f"{PART.sub('', file.stem)}-*-of-*.gguf") if PART.search(p.stem))
 
 
 def _folder(folder: Path) -> Inspection:
@@ -40,6 +48,8 @@ def _folder(folder: Path) -> Inspection:
         targets = sorted(p.parent.name for p in folder.glob(f"*/{manifest.NAME}"))
         raise ArtifactError(f"{folder} is a whole run: inspect one of its targets, {', '.join(targets) or 'none here'}")
     files = _model_files(folder)
+    if files == _parts(files[0]):
+        return _made(folder, files, _read(files[0]))
     if len(files) > 1 and any(file.suffix != ".safetensors" for file in files):
         names = ", ".join(f.name for f in files[:MANY])
         raise ArtifactError(f"{folder} holds {len(files)} model files ({names}): inspect one of them")
@@ -52,7 +62,7 @@ def _with_manifest(folder: Path) -> Inspection:
     file = folder / described.artifact.main_file
     if not file.is_file():
         raise ArtifactError(f"{folder}: {described.artifact.main_file} is missing, {manifest.NAME} lists it: run again")
-    made = _made(folder, [file], _read_changed(file) if changed else _read(file))
+    made = _made(folder, _parts(file), _read_changed(file) if changed else _read(file))
     facts = {
         "model": described.name,
         "exporter": described.artifact.exporter,
@@ -113,7 +123,7 @@ def _read(file: Path) -> Contents:
 def _gguf(file: Path) -> Contents:
     from lilliput.inspection.gguf_file import read
 
-    return read(file)
+    return read(_parts(file))
 
 
 def _onnx(file: Path) -> Contents:

@@ -5,6 +5,7 @@ Names are llama.cpp's: token_embd, output, output_norm, blk.{i}.*. Block sizes a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,24 @@ from lilliput.inspection.found import Contents, TensorFound, shortened
 from lilliput.model import Role
 
 
-def read(file: Path) -> Contents:
-    """Raises ArtifactError where the file is no GGUF, or ends too early."""
+def read(parts: Sequence[Path]) -> Contents:
+    """One model, in one file or several. Raises ArtifactError where one is no GGUF, ends too early, or is missing."""
+    readers = [_open(file) for file in parts]
+    count = readers[0].get_field(gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    if count is not None and int(count.contents()) != len(parts):
+        raise ArtifactError(f"{parts[0]}: {len(parts)} of {count.contents()} parts of a split model are here: get all")
+    names = {tensor.name for reader in readers for tensor in reader.tensors}
+    tied = "token_embd.weight" in names and "output.weight" not in names
+    tensors = tuple(_tensor(tensor, tied) for reader in readers for tensor in reader.tensors)
+    metadata = {name: _value(field) for name, field in readers[0].fields.items() if not name.startswith("GGUF.")}
+    return Contents("GGUF", tensors, metadata)
+
+
+def _open(file: Path) -> gguf.GGUFReader:
     try:
-        reader = gguf.GGUFReader(file)
+        return gguf.GGUFReader(file)
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise ArtifactError(f"{file}: not a readable GGUF file ({error}): fetch or write it again") from error
-    names = {tensor.name for tensor in reader.tensors}
-    tied = "token_embd.weight" in names and "output.weight" not in names
-    tensors = tuple(_tensor(tensor, tied) for tensor in reader.tensors)
-    metadata = {name: _value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    return Contents("GGUF", tensors, metadata)
 
 
 def _tensor(tensor: Any, tied: bool) -> TensorFound:

@@ -79,6 +79,12 @@ class GgufFile:
         return parity.against_llama_cpp(self.path, folder)
 
 
+def save_tokenizer(path: Path, folder: Path) -> str:
+    """The tokenizer of a file alone, which may be the first part of a split one; what was proven of it."""
+    tokenizer.save(tokenizer.read(_read(path)[0]), folder)
+    return parity.against_llama_cpp(path, folder)
+
+
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
 

@@ -1,7 +1,7 @@
 """Write one artifact. That it reads back as it was given is proven when it is validated.
 
 files/          what is published beside the manifest
-artifact.json   exporter, main file, context, prefill
+artifact.json   exporter, main file, context, prefill, notes
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def work(
         "main_file": artifact.main_file,
         "context": artifact.context,
         "prefill": artifact.prefill,
+        "notes": list(artifact.notes),
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     progress(1, 1)
@@ -59,4 +60,5 @@ def export(model: QuantizedModel, traced: Path, plugin: Plugin, folder: Path, *,
 
 def open_artifact(folder: Path) -> Artifact:
     """The artifact in an export stage's folder."""
-    return Artifact(folder / FILES, **json.loads((folder / FACTS).read_text()))
+    facts = json.loads((folder / FACTS).read_text())
+    return Artifact(folder / FILES, **{**facts, "notes": tuple(facts["notes"])})

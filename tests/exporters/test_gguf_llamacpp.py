@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 from tiny_models import quantize, tiny_quantized_model, tiny_source
 
 import exporters.gguf_llamacpp as exporter
-from lilliput import decoder
+from lilliput import chat, decoder
 from lilliput.artifact import Artifact, sha256
 from lilliput.errors import ArtifactError, ExportError, MissingPackageError
-from lilliput.grid import QuantizedTensor, grid
+from lilliput.grid import Float, QuantizedTensor, grid
 from lilliput.model import QuantizedModel, SourceModel
 from lilliput.trace import trace
+from targets.runtimes.llamacpp_cpu import Runtime
 
 CONTEXT = 64
 VARIANTS = {
@@ -35,13 +37,12 @@ def tiny(tmp_path: Path, variant: str) -> QuantizedModel:
     return tiny_quantized_model(tmp_path, kind, **overrides)
 
 
-def export(model: QuantizedModel, folder: Path, *, exact: bool = False, check_tokenizer: bool = True) -> Artifact:
+def export(model: QuantizedModel, folder: Path, *, exact: bool = False, **options: Any) -> Artifact:
     folder.mkdir()
     weights = {name: model.dequantized(name) for name in model.config.parameter_shapes()}
     source = SourceModel(model.name, model.config, weights, model.tokenizer, "", "")
     traced = trace(decoder.build(source), CONTEXT, 8)
-    options = exporter.Options(check_tokenizer=check_tokenizer)
-    return exporter.Exporter().export(model, traced, options, folder, exact=exact)
+    return exporter.Exporter().export(model, traced, exporter.Options(**options), folder, exact=exact)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,6 +115,42 @@ def test_same_model_same_bytes(tmp_path: Path) -> None:
     assert sha256(first.path) == sha256(second.path)
 
 
+def test_parts_of_a_split_file_are_one_model(tmp_path: Path) -> None:
+    """llama.cpp opens the first part and finds the others: the same logits, bit for bit, as from one file."""
+    model = tiny(tmp_path, "llama")
+    whole, split = export(model, tmp_path / "one"), export(model, tmp_path / "split", split_mb=0.02)
+    parts = sorted(path.name for path in split.folder.iterdir())
+    assert parts == [f"model-{i + 1:05d}-of-{len(parts):05d}.gguf" for i in range(len(parts))]
+    assert len(parts) > 2
+    assert split.main_file == parts[0]
+    assert split.size_bytes == sum(path.stat().st_size for path in split.folder.iterdir())
+    assert split.size_bytes > whole.size_bytes
+    read = exporter.read(split.path)
+    assert all(np.array_equal(np.asarray(read[name]), values) for name, values in model.floats.items())
+    assert all(read[name].same_as(tensor) for name, tensor in model.quantized.items())
+    tokens = list(range(3, 20))
+    seen = [llama_cpp_logits(artifact, tokens) for artifact in (whole, split)]
+    assert np.array_equal(*seen)
+    with chat.tokenizer_folder(split.folder, split.path) as home:
+        assert chat.load_tokenizer(home).encode("The quick") == chat.load_tokenizer(model.tokenizer).encode("The quick")
+    (split.folder / parts[1]).unlink()
+    with pytest.raises(ArtifactError, match=rf"{parts[1]} of its {len(parts)} parts is missing"):
+        exporter.read(split.path)
+
+
+def llama_cpp_logits(artifact: Artifact, tokens: list[int]) -> Float:
+    session = Runtime().open(artifact, threads=1)
+    logits = session.prefill(tokens)
+    session.close()
+    return logits
+
+
+def test_what_the_tokenizer_proof_says_is_kept_for_the_report(tmp_path: Path) -> None:
+    (said,) = export(tiny(tmp_path, "llama"), tmp_path / "out").notes
+    assert said.startswith("tokenizer: proven against llama.cpp's own tokenizer (llama-cpp-python ")
+    assert export(tiny(tmp_path, "llama"), tmp_path / "unproven", check_tokenizer=False).notes == ()
+
+
 def test_a_fused_matrix_needs_one_grid(tmp_path: Path) -> None:
     model = tiny(tmp_path, "gpt2")
     other = quantize(tiny_source(tmp_path, "gpt2"), "int8-b32")
@@ -131,7 +168,7 @@ def test_a_grid_that_no_block_holds_is_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_tokenizer_name_is_found_in_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file says that digits are split one by one, the tokenizer does not: the ids differ on a number."""
-    monkeypatch.setattr(exporter.vocabulary, "pre_name", lambda steps, ignore_merges: "smollm")
+    monkeypatch.setattr(exporter.vocabulary.byte_level, "known_pre", lambda files: "smollm")
     with pytest.raises(ExportError, match=r"the tokenizer of model\.gguf in llama\.cpp is not that of"):
         export(tiny(tmp_path, "llama"), tmp_path / "out")
 

@@ -43,7 +43,7 @@ def test_file_is_small_reads_back_and_tokenizes_right(model: QuantizedModel, shi
         stored = weights[name]
         assert isinstance(stored, QuantizedTensor)
         assert stored.same_as(tensor), name
-    assert "proven" in exporter.check_tokenizer(shipped.path, model.tokenizer)
+    assert "proven" in exporter.vocabulary.proof.check(shipped.path, model.tokenizer)
 
 
 def test_the_exact_twin_diverges_by_less_than_1e_4_from_torch(model: QuantizedModel, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def dtypes(found: Inspection) -> dict[str, tuple[str, int, float]]:
     return {g.role: (g.dtype, g.weights, round(g.bits_per_weight, 3)) for g in found.groups}
 
 
-def gguf_file(path: Path, *, head: bool) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
+def gguf_file(path: Path, *, head: bool, split_bytes: int = 0) -> Path:
+    writer = gguf.GGUFWriter(path, "llama", split_max_size=split_bytes)
     writer.add_block_count(1)
     writer.add_token_list(["a", "b"])
     rng = np.random.default_rng(0)
@@ -54,6 +54,20 @@ def test_gguf_bits_are_those_of_its_blocks(tmp_path: Path) -> None:
     assert found.metadata["tokenizer.ggml.tokens"] == "2 values"
     assert found.manifest is None
     assert found.intact
+
+
+def test_parts_of_a_split_gguf_are_one_model(tmp_path: Path) -> None:
+    gguf_file(tmp_path / "m.gguf", head=True, split_bytes=400)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts] == [f"m-0000{i + 1}-of-0000{len(parts)}.gguf" for i in range(len(parts))]
+    for found in (inspect(tmp_path), inspect(parts[0])):
+        assert dtypes(found)["head"] == ("Q8_0", 256, 8.5)
+        assert not any(tensor.shared for tensor in found.tensors)
+        assert found.size_bytes == sum(part.stat().st_size for part in parts)
+        assert set(found.sha256) == {part.name for part in parts}
+    parts[1].unlink()
+    with pytest.raises(ArtifactError, match=f"of {len(parts)} parts of a split model are here"):
+        inspect(parts[0])
 
 
 def test_gguf_without_output_is_tied(tmp_path: Path) -> None:
