@@ -16,16 +16,15 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from exporters.base import ExporterOptions, refuse_features
+from exporters.base import ExporterOptions
 from exporters.onnx_int4 import packing
 from lilliput.artifact import Artifact
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows
-from lilliput.model import Feature, QuantizedModel, Role, TracedModel, role_of
+from lilliput.model import QuantizedModel, Role, TracedModel, role_of
 
 MAIN_FILE = "model.onnx"
 FLOAT16_SCALES = ("bf16_f16", "float16")
-FEATURES: frozenset[Feature] = frozenset({"rope_scaling", "partial_rope", "rope_free_layers"})
 
 
 class Options(ExporterOptions):
@@ -77,7 +76,6 @@ class Exporter:
         return container.read(artifact.path)
 
     def _check(self, model: QuantizedModel) -> None:
-        refuse_features(model.config, FEATURES, "ONNX Runtime")
         for name, tensor in model.quantized.items():
             tensor.check(name)
             reason = self.refuses(tensor.spec, role_of(name), tensor.shape)

@@ -2,7 +2,8 @@
 
     add, norm              → skip_rms_norm / skip_layer_norm   inputs a, b, weight[, bias]; outputs y, a + b
     add, last, norm        → skip norm over all positions, then last (a norm treats each position alone)
-    q, k, v of one x       → one linear of the stacked matrix, and attention of the packed result
+    q, k, v of one x       → one linear of the stacked matrix, and attention of the packed result; where the heads of
+                             q and k are normed before it: of its columns, split
 
 Only matrices that the caller calls stackable (all packed on one grid) are stacked; others stay apart, and
 attention takes q, k and v by themselves.
@@ -75,24 +76,35 @@ def _merge(add: Node, norm: Node, output: str) -> Node:
 def stack_qkv(nodes: tuple[Node, ...], stackable: Callable[[tuple[str, ...]], bool]) -> Fused:
     """Merge the three linears before each attention where they read one value and are stackable."""
     made_by = {value: node for node in nodes for value in node.outputs}
-    stacked: dict[str, Node] = {}  # by the first output of the node that it stands for
-    dropped: set[str] = set()
+    instead: dict[str, tuple[Node, ...]] = {}  # by the first output of the node that they stand for
     stacks: dict[str, tuple[str, ...]] = {}
     for node in nodes:
         if node.op != "attention":
             continue
-        parts = [made_by[value] for value in node.inputs[:3]]
+        makers = [made_by[value] for value in node.inputs[:3]]
+        parts = [made_by[maker.inputs[0]] if maker.op == "head_norm" else maker for maker in makers]
         if not _one_shape(parts) or not stackable(tuple(p.inputs[1] for p in parts)):
             continue
         weight = f"{parts[0].inputs[1].removesuffix('.q')}.qkv"
         packed = f"{node.outputs[0]}.qkv"
         stacks |= _stack_names(weight, parts)
         inputs = (parts[0].inputs[0], weight, *[f"{weight}.bias"][: len(parts[0].inputs) - 2])
-        stacked[parts[0].outputs[0]] = Node("linear", inputs, (packed,), {})
-        dropped |= {p.outputs[0] for p in parts[1:]}
-        stacked[node.outputs[0]] = replace(node, inputs=(packed, "", "", *node.inputs[3:]))
-    kept = (stacked.get(n.outputs[0], n) for n in nodes if n.outputs[0] not in dropped)
+        instead |= {p.outputs[0]: () for p in parts[1:]}
+        stacked = Node("linear", inputs, (packed,), {})
+        if parts == makers:
+            instead[parts[0].outputs[0]] = (stacked,)
+            instead[node.outputs[0]] = (replace(node, inputs=(packed, "", "", *node.inputs[3:])),)
+        else:
+            apart = Node("split", (packed,), tuple(p.outputs[0] for p in parts), _columns(node))
+            instead[parts[0].outputs[0]] = (stacked, apart)
+    kept = (new for node in nodes for new in instead.get(node.outputs[0], (node,)))
     return Fused(tuple(kept), stacks)
+
+
+def _columns(attention: Node) -> dict[str, int | float]:
+    """Of q, k and v."""
+    heads, kv_heads, size = (attention.attributes[name] for name in ("num_heads", "num_kv_heads", "head_dim"))
+    return {"q": heads * size, "k": kv_heads * size, "v": kv_heads * size}
 
 
 def _one_shape(parts: list[Node]) -> bool:

@@ -10,7 +10,9 @@ Prompts of a batch may differ in length: the shorter are padded on the right, as
 the valid positions first) and onnxruntime-genai want it.
 
 A caller binds one buffer as past and present: GroupQueryAttention then writes the new keys and values in
-place. It takes q, k, v packed and rotates them itself. The names are onnxruntime-genai's.
+place. It takes q, k, v packed and rotates them itself; where heads are normed first it takes them apart, because its
+own inputs for that are not implemented on the CPU (ONNX Runtime 1.31). Its local_window_size counts the query's own
+position, as a node's window does. The names are onnxruntime-genai's.
 
 A packed matrix `w` lies in the initializers `w.codes`, `w.scales` and `w.zero_points` (packing.py); embedding and
 head name the same ones where they are tied. Scales that float16 holds are stored so, and cast once at load.
@@ -48,7 +50,7 @@ class Parameters:
     """What the nodes name: packed matrices, float arrays, and the stacks of them that fusion made."""
 
     packed: Mapping[str, Packed]
-    floats: Mapping[str, Float]  # also rope.cos and rope.sin (context, head_dim / 2)
+    floats: Mapping[str, Float]  # also the rotary tables (context, head_dim / 2) that the nodes name
     float16_scales: frozenset[str]  # packed matrices whose scales float16 holds
 
 
@@ -207,12 +209,46 @@ def _skip_norm(b: Builder, node: Node, out: str, op: str) -> None:
     b.add(op, [*map(value, node.inputs[:2]), *vectors], outputs, MICROSOFT, epsilon=node.attributes["eps"])
 
 
+def _head_norm(b: Builder, node: Node, out: str) -> None:
+    weight, heads = node.inputs[1], int(node.attributes["heads"])
+    size = len(b.parameters.floats[weight])
+    apart, joined = ([0, 0, heads, size], [0, 0, heads * size])  # 0: the dimension that is there
+    shapes = (b.constant(f"int64.{'x'.join(map(str, shape))}", np.array(shape, np.int64)) for shape in (apart, joined))
+    x = b.add("Reshape", [value(node.inputs[0]), next(shapes)], [f"{out}.heads"])
+    attributes = {"axis": -1, "epsilon": node.attributes["eps"]}
+    normed = b.add("SimplifiedLayerNormalization", [x, b.float(weight)], [f"{out}.normed"], **attributes)
+    b.add("Reshape", [normed, next(shapes)], [out])
+
+
+def _split(b: Builder, node: Node, out: str) -> None:
+    """The columns of a stacked linear apart, as many to each output as its attributes say."""
+    sizes = [int(size) for size in node.attributes.values()]
+    lengths = b.constant(f"int64.{'+'.join(map(str, sizes))}", np.array(sizes, np.int64))
+    b.add("Split", [value(node.inputs[0]), lengths], [value(name) for name in node.outputs], axis=-1)
+
+
 def _attention(b: Builder, node: Node, out: str) -> None:
     tables = [b.float(name) for name in node.inputs[6:]]
     inputs = [*map(value, node.inputs[:5]), "/seqlens_k", "/total_sequence_length", *tables]
     outputs = [out, *map(value, node.outputs[1:])]
-    heads = {"num_heads": node.attributes["num_heads"], "kv_num_heads": node.attributes["num_kv_heads"]}
-    b.add("GroupQueryAttention", inputs, outputs, MICROSOFT, do_rotary=int(bool(tables)), **heads)
+    a = node.attributes
+    attributes: dict[str, Any] = {
+        "num_heads": a["num_heads"],
+        "kv_num_heads": a["num_kv_heads"],
+        "do_rotary": int(bool(tables)),
+    }
+    if a["scale"] != a["head_dim"] ** -0.5:
+        attributes["scale"] = a["scale"]
+    if a["window"]:
+        attributes["local_window_size"] = a["window"]
+    if a["softcap"]:
+        attributes["softcap"] = a["softcap"]
+    b.add("GroupQueryAttention", inputs, outputs, MICROSOFT, **attributes)
+
+
+def _scale(b: Builder, node: Node, out: str) -> None:
+    factor = np.float32(node.attributes["factor"])
+    b.add("Mul", [value(node.inputs[0]), b.constant(f"float.{factor!r}", np.array(factor))], [out])
 
 
 def _last(b: Builder, node: Node, out: str) -> None:
@@ -231,10 +267,14 @@ LOWERED: Mapping[str, Callable[[Builder, Node, str], None]] = {
     "layer_norm": partial(_norm, op="LayerNormalization"),
     "skip_rms_norm": partial(_skip_norm, op="SkipSimplifiedLayerNormalization"),
     "skip_layer_norm": partial(_skip_norm, op="SkipLayerNormalization"),
+    "head_norm": _head_norm,
+    "split": _split,
     "attention": _attention,
     "last": _last,
     "add": partial(_plain, op="Add"),
     "mul": partial(_plain, op="Mul"),
+    "scale": _scale,
+    "tanh": partial(_plain, op="Tanh"),
     "silu": partial(_plain, op="QuickGelu", domain=MICROSOFT, alpha=1.0),  # x * sigmoid(alpha * x)
     "gelu_tanh": partial(_plain, op="FastGelu", domain=MICROSOFT),
 }

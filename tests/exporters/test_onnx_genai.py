@@ -22,7 +22,7 @@ CONTEXT, STEPS, PAD = 40, 8, 1
 LONG, SHORT = [272, 204, 164, 87, 99, 15, 25], [7, 57, 260, 208]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3", "gemma2", "gemma3"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("genai")
     model = tiny_quantized_model(folder, request.param)

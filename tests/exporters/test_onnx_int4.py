@@ -89,6 +89,54 @@ def test_reads_back_what_it_was_given_and_computes_it(
     assert np.abs(np.array(seen) - wanted).max() <= 1e-4 * wanted.std()
 
 
+FAMILIES: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "mistral": ("mistral", {}),
+    "qwen2 yarn": (
+        "qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
+    "qwen3": ("qwen3", {"tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {}),
+    "gemma3 one KV head": ("gemma3", {}),
+    "gemma3 capped, scaled": (
+        "gemma3",
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_key_value_heads": 2,
+         "final_logit_softcapping": 3.0},
+    ),
+    "phi3 partial longrope": (
+        "phi3",
+        {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64, "sliding_window": 8,
+         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.25, 1.5, 2.0, 3.0, 4.0],
+                          "long_factor": [2.0] * 6}},
+    ),
+    "smollm3": ("smollm3", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_in_pieces_beyond_its_window_is_what_torch_computes(case: str, tmp_path: Path) -> None:
+    """A prompt of 12 in one piece, one of 11 after it, then single steps; windows are of 8."""
+    kind, options = FAMILIES[case]
+    model = solved(tiny_source(tmp_path, kind, **options), RULES["common"])
+    artifact = export(model, tmp_path / "exact", exact=True)
+    given, stored = {**model.quantized, **model.floats}, Exporter().read(artifact)
+    assert list(stored) == list(model.config.parameter_shapes())
+    for name, parameter in stored.items():
+        same = np.array_equal if isinstance(parameter, np.ndarray) else type(parameter).same_as
+        assert same(parameter, given[name]), name  # type: ignore[arg-type]
+    tokens = np.random.default_rng(3).integers(0, model.config.vocab_size, 28).tolist()
+    session = Runtime().open(artifact, threads=1, exact=True)
+    seen = [session.prefill(tokens[:12]), session.prefill(tokens[12:23]), *map(session.decode, tokens[23:])]
+    wanted = reference(model, tokens)[[11, *range(22, 28)]]
+    assert np.abs(np.array(seen) - wanted).max() <= 1e-4 * wanted.std()
+
+
+def test_normed_heads_keep_the_stacked_matrix(tmp_path: Path) -> None:
+    counts = operators(export(solved(tiny_source(tmp_path, "qwen3"), RULES["common"]), tmp_path / "out"))
+    assert counts["MatMulNBits"] == 2 * 5 + 1
+    assert counts["Split"] == counts["GroupQueryAttention"] == 2
+    assert counts["SimplifiedLayerNormalization"] == 1 + 2 * 2
+
+
 def operators(artifact: Artifact) -> dict[str, int]:
     ops = [node.op_type for node in onnx.load(artifact.path).graph.node]
     return {op: ops.count(op) for op in ops}
