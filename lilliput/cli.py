@@ -226,7 +226,8 @@ def chat(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(help="solvers, transforms, exporters, runtimes, devices, families, grids or recipes.")
+        str,
+        typer.Argument(help="solvers, transforms, exporters, runtimes, devices, boards, families, grids or recipes."),
     ],
     as_json: Json = False,
 ) -> None:

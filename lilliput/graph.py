@@ -370,7 +370,7 @@ def _target(target: Target, solution: Solution, first: First, host: str) -> Targ
     )  # fmt: skip
     plugins = [registry.module_name("runtimes", target.runtime.name)]
     plugins.append(registry.module_name("devices", target.device.name))
-    wanted = target.model_dump(include={"name", "runtime", "device", "threads"}) | {"host": host}
+    wanted = target.model_dump(include={"name", "runtime", "device", "threads", "board"}) | {"host": host}
 
     inputs = (first.source, solved, traced, first.evaluation, first.reference, solution.dequantized)
 

@@ -1,5 +1,5 @@
-"""What there is to name in a recipe: solvers, transforms, exporters, runtimes, devices, families, grids, recipes;
-exporters and runtimes of networks that are no decoder stand in the same folders.
+"""What a recipe can name: solvers, transforms, exporters, runtimes, devices, boards, families, grids; and recipes.
+Exporters and runtimes of networks that are no decoder stand in the same folders.
 
 A folder is a registry: a plugin is a module or package of it that defines (or imports from its own parts) the
 folder's class. Its source is parsed, never imported, so that listing needs neither torch nor any runtime;
@@ -34,7 +34,7 @@ FOLDERS = {
     "network_runtimes": ("targets/runtimes", "NetworkRuntime"),
     "families": ("lilliput/families", "ARCHITECTURES"),
 }
-KINDS = (*FOLDERS, "grids", "recipes")
+KINDS = (*FOLDERS, "boards", "grids", "recipes")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,10 @@ def entries(kind: str) -> list[Entry]:
         return sorted([*_modules(ROOT / folder, symbol), *_foreign(kind)], key=lambda e: e.name)
     if kind == "grids":
         return _grids()
+    if kind == "boards":
+        return _commented(ROOT / "targets" / "boards")
     if kind == "recipes":
-        return _recipes()
+        return _commented(recipes_folder())
     raise InputError(f"unknown kind {kind!r}: {did_you_mean(kind, KINDS)}")
 
 
@@ -116,10 +118,10 @@ def recipes_folder() -> Path:
     return packaged if packaged.is_dir() else ROOT / "recipes"
 
 
-def _recipes() -> list[Entry]:
-    """A recipe's summary is the comment on its first line."""
+def _commented(folder: Path) -> list[Entry]:
+    """YAML files; a file's summary is the comment on its first line."""
     found = []
-    for path in sorted(recipes_folder().glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         found.append(Entry(path.stem, first.lstrip("# ").strip() if first.startswith("#") else ""))
     return found

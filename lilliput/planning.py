@@ -218,7 +218,12 @@ def _planned(recipe: Recipe, graph: Graph, cached: dict[str, bool], config: Deco
 def _planned_target(stages: TargetStages, config: DecoderConfig) -> PlannedTarget:
     target, rules = stages.target, stages.solution.rules
     size = budget_bytes(rules, config) if isinstance(rules, Budget) else artifact_bytes(assign(rules, config), config)
-    return PlannedTarget(target.name, target.exporter.name, target.runtime.name, target.device.name, size)
+    estimate = ""
+    if target.board is not None:
+        from targets import boards
+
+        estimate = boards.shown(boards.load(target.board), size, parameter_count(config))
+    return PlannedTarget(target.name, target.exporter.name, target.runtime.name, target.device.url, size, estimate)
 
 
 def _check_machine(made: Plan) -> None:

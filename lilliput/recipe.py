@@ -103,7 +103,10 @@ def _name_plugins(tree: Any) -> Any:
         if set(tree) >= {"plugin"} and isinstance(tree["plugin"], str):
             names = {"type": "string", "enum": list(registry.known(tree["plugin"]))}
             mapping = {"type": "object", "required": ["name"], "properties": {"name": names}}
-            return {k: v for k, v in tree.items() if k != "plugin"} | {"anyOf": [names, mapping]}
+            forms = [names, mapping]
+            if tree["plugin"] == "devices":
+                forms.append({"type": "string", "pattern": f"^({'|'.join(registry.known('devices'))})://"})
+            return {k: v for k, v in tree.items() if k != "plugin"} | {"anyOf": forms}
         return {key: _name_plugins(value) for key, value in tree.items()}
     return [_name_plugins(value) for value in tree] if isinstance(tree, list) else tree
 

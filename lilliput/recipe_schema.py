@@ -25,7 +25,7 @@ names the rungs (lilliput.escalation).
 
 `quantize: int4-b32` is short for three rules: GPTQ on that grid for every linear layer; RTN on int8-channel for
 embedding and head below a billion parameters; RTN on the same grid for them from there on. A solver, exporter,
-runtime or device is a name, or a mapping of `name` and its options.
+runtime or device is a name, or a mapping of `name` and its options; `device: ssh://pi@board` has its address.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ from pydantic import (
 )
 
 from lilliput import registry
-from lilliput.errors import GridError, LilliputError, RecipeError
+from lilliput.errors import GridError, LilliputError, RecipeError, did_you_mean
 from lilliput.grid import COMMON_GRIDS, GGUF_GRIDS, grid
+from lilliput.listing import entries
 from lilliput.model import DecoderConfig, role_of
 from lilliput.results import Gate
 
@@ -79,6 +80,12 @@ class Plugin(Strict):
         """With its options: "gptq, damping 0.05"."""
         return self.name + "".join(f", {key} {value}" for key, value in sorted(self.options.items()))
 
+    @property
+    def url(self) -> str:
+        """A device's short form: ssh://pi@board; the name alone where it has no address."""
+        address = self.options.get("address")
+        return self.name if address is None else f"{self.name}://{address}"
+
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         return {"name": self.name, **self.options} if self.options else self.name
@@ -92,6 +99,14 @@ def _read_plugin(value: object) -> object:
     if isinstance(value, Plugin):
         return value
     raise ValueError(f"wanted a name, or a mapping of `name` and options, seen {value!r}")
+
+
+def _read_device(value: object) -> object:
+    """`ssh://pi@board` is short for {name: ssh, address: pi@board}."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    name, _, address = value.partition("://")
+    return {"name": name, "address": address}
 
 
 def _known(kind: registry.Kind) -> AfterValidator:
@@ -112,6 +127,12 @@ def _grid_name(name: str) -> str:
         raise ValueError(str(error)) from error
 
 
+def _board_name(name: str) -> str:
+    if name not in (known := [entry.name for entry in entries("boards")]):
+        raise ValueError(f"unknown board {name!r}: {did_you_mean(name, known)}")
+    return name
+
+
 def _tuple(value: object) -> object:
     """YAML has lists; frozen models have tuples."""
     return tuple(value) if isinstance(value, list) else value
@@ -123,7 +144,10 @@ _CHAIN = {"type": "array", "items": {"anyOf": [{"plugin": "transforms"}, {"plugi
 SolverRef = Annotated[Plugin, _REFERENCE, _known("solvers"), WithJsonSchema({"anyOf": [{"plugin": "solvers"}, _CHAIN]})]
 ExporterRef = Annotated[Plugin, _REFERENCE, _known("exporters"), WithJsonSchema({"plugin": "exporters"})]
 RuntimeRef = Annotated[Plugin, _REFERENCE, _known("runtimes"), WithJsonSchema({"plugin": "runtimes"})]
-DeviceRef = Annotated[Plugin, _REFERENCE, _known("devices"), WithJsonSchema({"plugin": "devices"})]
+DeviceRef = Annotated[
+    Plugin, _REFERENCE, BeforeValidator(_read_device), _known("devices"), WithJsonSchema({"plugin": "devices"})
+]
+BoardName = Annotated[str, AfterValidator(_board_name)]
 GridName = Annotated[str, AfterValidator(_grid_name), Field(examples=[*COMMON_GRIDS, *GGUF_GRIDS, FLOAT])]
 
 
@@ -366,6 +390,7 @@ class Target(Strict):
     exporter: ExporterRef
     runtime: RuntimeRef
     device: DeviceRef = Plugin(name="host")
+    board: BoardName | None = None  # what the device is, or stands for: checked against it, and its roofline is shown
     threads: int | None = Field(default=None, ge=1)  # default: the device's physical cores
     quantize: Quantize | None = None
     recover: Recover | None = None

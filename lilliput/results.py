@@ -92,6 +92,33 @@ class Memory(Record):
     baseline_rss_bytes: int  # the interpreter and the runtime's packages, before a model is opened
 
 
+SensorKind = Literal["temperature_c", "frequency_mhz", "power_w", "throttling"]
+
+
+class SensorFigures(Record):
+    """One sensor around a measurement of speed. `source` is the file or the command that it was read from."""
+
+    kind: SensorKind
+    name: str
+    source: str
+    before: float
+    lowest: float  # of all samples, before and after included
+    mean: float
+    highest: float
+    after: float
+
+
+class Conditions(Record):
+    """What the device's own sensors said while its speed was measured. What is absent is said, and is no figure."""
+
+    sensors: tuple[SensorFigures, ...]
+    samples: int
+    absent: dict[SensorKind, str]  # kind → what was looked for and not found
+    throttled: str | None = None  # why the device held its processor back, where it says so
+    joules_per_token: float | None = None  # of decoding; the board's power, not the process's share of it
+    power_source: str | None = None  # what that power was read from
+
+
 class Interval(Record):
     """A 95 % bootstrap interval of a mean; chunks are the blocks that are drawn."""
 
@@ -172,6 +199,7 @@ class TargetResult(Record):
     artifact: ArtifactFigures
     latency: Latency | None
     memory: Memory | None
+    conditions: Conditions | None = None  # of the measurement of speed; None: nothing was timed
     accuracy: Accuracy | None
     ladder: tuple[Rung, ...]
     gates: tuple[GateResult, ...]

@@ -60,6 +60,7 @@ class PlannedTarget:
     runtime: str
     device: str
     size_bytes: int
+    estimate: str = ""  # the roofline of the board that the recipe names, with its label
 
 
 @dataclass(frozen=True)

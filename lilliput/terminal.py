@@ -62,6 +62,9 @@ def show_plan(plan: Plan) -> None:
         size = f"about {figures.megabytes(target.size_bytes)}"
         targets.add_row(target.name, target.exporter, f"{target.runtime} on {target.device}", size)
     out.print(targets)
+    for target in plan.targets:
+        if target.estimate:
+            out.print(f"{target.name}: {target.estimate}", markup=False, soft_wrap=True)
     out.print(
         f"In all: {_about(plan.seconds)}, memory about {figures.number(plan.ram_bytes / GIB)} GiB, "
         f"disk about {figures.number(plan.disk_bytes / GIB)} GiB, into {escape(str(plan.out))} (nothing was done)"

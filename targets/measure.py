@@ -13,6 +13,9 @@ A fixed host probe runs before, between and after the blocks. It multiplies a ma
 threads as the runtime uses: if its slowest run takes PROBE_SPREAD of its fastest or longer, something else
 held the machine, and the figures are marked unstable.
 
+The board's sensors are read before, during and after the blocks (targets.sensors), energy over the decoding alone.
+Where the board says that it throttled, the figures are marked unstable too.
+
 Peak memory is VmHWM of /proc/self/status: unlike ru_maxrss it does not start at the parent's peak.
 It counts the mapped pages of the model file, which are in memory while the model runs.
 """
@@ -31,8 +34,10 @@ import numpy as np
 
 from lilliput.progress import Progress, silent
 from lilliput.results import DepthLatency, Latency, Memory
+from targets import sensors
 from targets.base import Session
 from targets.request import LatencyReply, LatencyTask
+from targets.sensors import Recorder
 
 PROBE_SPREAD = 1.35
 PROBE_RUNS = 3  # the fastest of so many counts: a single hiccup is not a disturbed machine
@@ -49,12 +54,14 @@ def measure(
     session = open_session()
     session.prefill(task.tokens[:1])
     load_ms = _since(start)
+    found = sensors.find()
+    recorder = sensors.Recorder(found, sensors.absent(found))
     with ThreadPoolExecutor(threads) as pool:
-        samples = _blocks(session, task, lambda: probe_ms(pool, threads), progress)
-    latency = _latency(load_ms, samples, threads, task)
-    return LatencyReply(
-        latency=latency, memory=Memory(peak_rss_bytes=peak_rss_bytes(), baseline_rss_bytes=baseline)
-    ), session
+        samples = _blocks(session, task, lambda: probe_ms(pool, threads), recorder, progress)
+    conditions = recorder.stop()
+    latency = _latency(load_ms, samples, threads, task, conditions.throttled)
+    memory = Memory(peak_rss_bytes=peak_rss_bytes(), baseline_rss_bytes=baseline)
+    return LatencyReply(latency=latency, memory=memory, conditions=conditions), session
 
 
 class _Samples:
@@ -66,7 +73,9 @@ class _Samples:
         self.probe: list[float] = []
 
 
-def _blocks(session: Session, task: LatencyTask, probe: Callable[[], float], progress: Progress) -> _Samples:
+def _blocks(
+    session: Session, task: LatencyTask, probe: Callable[[], float], recorder: Recorder, progress: Progress
+) -> _Samples:
     """One unmeasured block, then the measured ones until the time budget is spent."""
     start = time.perf_counter()
     warm_up_steps = min(WARM_UP_STEPS, task.steps)
@@ -76,16 +85,19 @@ def _blocks(session: Session, task: LatencyTask, probe: Callable[[], float], pro
     steps = max(warm_up_steps, min(task.steps, affordable))
     samples, start = _Samples(len(task.depths)), time.perf_counter()
     samples.probe.append(probe())
+    recorder.start()
     for done in range(task.blocks):
         if done >= MIN_BLOCKS and time.perf_counter() - start > task.budget_s:
             break
-        _block(session, task, steps, samples)
+        _block(session, task, steps, samples, recorder)
         samples.probe.append(probe())
         progress(done + 1, task.blocks)
     return samples
 
 
-def _block(session: Session, task: LatencyTask, steps: int, samples: _Samples) -> None:
+def _block(
+    session: Session, task: LatencyTask, steps: int, samples: _Samples, recorder: Recorder | None = None
+) -> None:
     session.reset()
     start = time.perf_counter()
     session.prefill(task.tokens[: task.prompt_tokens])
@@ -93,14 +105,17 @@ def _block(session: Session, task: LatencyTask, steps: int, samples: _Samples) -
     for depth, times in zip(task.depths, samples.decode, strict=True):
         session.reset()
         token = int(session.prefill(task.tokens[:depth]).argmax())
+        began = time.perf_counter()
         for _ in range(steps):
             start = time.perf_counter()
             logits = session.decode(token)
             times.append(_since(start))
             token = int(logits.argmax())
+        if recorder is not None:
+            recorder.decoded(began, time.perf_counter(), steps)
 
 
-def _latency(load_ms: float, samples: _Samples, threads: int, task: LatencyTask) -> Latency:
+def _latency(load_ms: float, samples: _Samples, threads: int, task: LatencyTask, throttled: str | None) -> Latency:
     depths = tuple(_depth(depth, times) for depth, times in zip(task.depths, samples.decode, strict=True))
     ttft_ms = statistics.median(samples.ttft)
     return Latency(
@@ -114,7 +129,7 @@ def _latency(load_ms: float, samples: _Samples, threads: int, task: LatencyTask)
         depths=depths,
         threads=threads,
         probe_ms=tuple(samples.probe),
-        unstable=disturbance(samples.probe),
+        unstable=f"the device throttled: {throttled}" if throttled else disturbance(samples.probe),
     )
 
 

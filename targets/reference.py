@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from lilliput.errors import InputError
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig, SourceModel
 from lilliput.progress import Progress, silent
-from targets.metrics import TokenMetrics, log_softmax
+from targets.metrics import TokenMetrics, log_softmax, reserve
 
 Encode = Callable[[str], Sequence[int]]  # without special tokens
 
@@ -140,7 +139,7 @@ def compute(
     logits = Logits(folder)
     shape = (len(evaluation.tokens), evaluation.scored, config.vocab_size)
     rows = np.lib.format.open_memmap(logits.path, mode="w+", dtype=np.float32, shape=shape)
-    _reserve(logits.path)
+    reserve(logits.path)
     for index, chunk in enumerate(evaluation.tokens):
         with torch.inference_mode():
             hidden = model.hidden(torch.from_numpy(chunk[None].astype(np.int64)))
@@ -148,13 +147,6 @@ def compute(
         progress(index + 1, len(evaluation.tokens))
     rows.flush()
     return logits
-
-
-def _reserve(path: Path) -> None:
-    """Take the file's bytes from the disk now: a mapped write to a full disk ends the process (SIGBUS)."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def compute_against(

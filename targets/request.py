@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lilliput.artifact import Artifact
-from lilliput.results import Latency, Memory, Record
+from lilliput.results import Conditions, Latency, Memory, Record
 
 
 class ArtifactReference(Record):
@@ -51,6 +51,17 @@ class AccuracyTask(Record):
     metrics_out: Path  # .npz that TokenMetrics.save writes
 
 
+class LogitsTask(Record):
+    """Teacher-force some chunks and keep the logits: what an accuracy task is where the references do not lie."""
+
+    kind: Literal["logits"] = "logits"
+    tokens: Path  # as of AccuracyTask
+    scored_from: int
+    first: int = 0
+    chunks: int
+    logits_out: Path  # .npy (chunks, scored, vocab) float32
+
+
 class LatencyTask(Record):
     """Time prompts and decoding; `targets.measure` has the protocol."""
 
@@ -72,7 +83,7 @@ class GenerateTask(Record):
     stop_tokens: tuple[int, ...] = ()
 
 
-Task = Annotated[AccuracyTask | LatencyTask | GenerateTask, Field(discriminator="kind")]
+Task = Annotated[AccuracyTask | LogitsTask | LatencyTask | GenerateTask, Field(discriminator="kind")]
 
 
 class Request(Record):
@@ -86,6 +97,7 @@ class Request(Record):
 class LatencyReply(Record):
     latency: Latency
     memory: Memory
+    conditions: Conditions
 
 
 class MissingPackage(Record):
@@ -100,6 +112,7 @@ class Reply(Record):
 
     versions: dict[str, str] = Field(default_factory=dict)
     metrics: Path | None = None  # what an accuracy task wrote
+    logits: Path | None = None  # what a logits task wrote
     latency: LatencyReply | None = None
     generated: tuple[int, ...] | None = None
     error: str | None = None

@@ -12,8 +12,10 @@ shipped.npz and exact.npz, as targets.metrics.TokenMetrics saves them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lilliput.artifact import Artifact, sha256
@@ -21,7 +23,7 @@ from lilliput.errors import MeasurementError
 from lilliput.model import QuantizedModel
 from lilliput.progress import Progress, silent
 from lilliput.results import ArtifactFigures, Gate, GateResult, Generation, Rung, TargetResult, worst
-from targets import gates, ladder
+from targets import boards, gates, ladder
 from targets.base import Connection
 from targets.metrics import summarize
 from targets.probe import Probe
@@ -48,6 +50,7 @@ class Place:
     device: str
     at: Connection
     threads: int | None = None  # None: the device's own number
+    board: str | None = None  # what the device should be
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +99,21 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """What the workers found; `speed` is an empty reply where `speed_missing` says why."""
+    """What the workers found; `speed` is an empty reply where `speed_missing` says why. It has no figures of time and
+    memory where `untimed` says why."""
 
     shipped: Scored
     exact: Scored
     speed: Reply
     speed_missing: str = ""
+    untimed: str = ""
 
     @property
     def missing(self) -> dict[gates.Part, str]:
         reasons: dict[gates.Part, str] = {
             "accuracy": self.shipped.missing,
             "exact": self.exact.missing,
-            "latency": self.speed_missing,
+            "latency": self.speed_missing or self.untimed,
         }
         return {part: why for part, why in reasons.items() if why}
 
@@ -181,17 +186,16 @@ def _measure(
     task, slots = _accuracy_task(references, folder), _slots(candidate, seen, threads)
     scored = score(subjects, place.runtime, task, place.at.run, slots, _share(progress, 0, 95))
     exact = scored.get("exact", Scored(None, candidate.exact_missing))
+    untimed = f"not measured: emulated by {seen.host.emulated}" if seen.host.emulated else ""
+    timed = () if untimed else (_latency_task(candidate.artifact, references.evaluation, protocol),)
     request = Request(
         artifact=ArtifactReference.of(candidate.artifact),
         runtime=place.runtime,
         threads=threads,
-        tasks=(
-            _latency_task(candidate.artifact, references.evaluation, protocol),
-            _generate_task(candidate.artifact, smoke),
-        ),
+        tasks=(*timed, _generate_task(candidate.artifact, smoke)),
     )
     try:
-        return _Measured(scored["shipped"], exact, place.at.run(request, _share(progress, 95, 100)))
+        return _Measured(scored["shipped"], exact, place.at.run(request, _share(progress, 95, 100)), untimed=untimed)
     except MeasurementError as error:
         return _Measured(scored["shipped"], exact, Reply(), str(error))
 
@@ -267,11 +271,16 @@ def _result(
         artifact=_artifact_figures(candidate.artifact),
         latency=figures.latency,
         memory=figures.memory,
+        conditions=measured.speed.latency.conditions if measured.speed.latency else None,
         accuracy=figures.accuracy,
         ladder=rungs,
         gates=results,
         generation=generation,
-        notes=(*candidate.artifact.notes, *_notes(measured, figures)),
+        notes=(
+            *candidate.artifact.notes,
+            *_notes(measured, figures),
+            *_device_notes(place, seen, measured.speed.versions),
+        ),
     )
 
 
@@ -313,3 +322,15 @@ def _notes(measured: _Measured, figures: gates.Figures) -> tuple[str, ...]:
     if figures.latency and figures.latency.unstable:
         notes.append(f"latency is unstable: {figures.latency.unstable}")
     return tuple(notes)
+
+
+def _device_notes(place: Place, seen: Probe, versions: Mapping[str, str]) -> list[str]:
+    """Where the device is not the board that was named, or its packages are not those here."""
+    notes = []
+    if place.board is not None and (why := boards.differences(boards.load(place.board), seen.host)):
+        notes.append(why)
+    for name, there in versions.items():
+        with contextlib.suppress(PackageNotFoundError):
+            if (here := version(name)) != there:
+                notes.append(f"{name} is {there} on {seen.host.device}, {here} here")
+    return notes

@@ -25,7 +25,16 @@ from lilliput import registry
 from lilliput.errors import LilliputError
 from lilliput.progress import Progress
 from targets.base import Runtime, Session
-from targets.request import AccuracyTask, GenerateTask, LatencyTask, MissingPackage, Reply, Request
+from targets.request import (
+    AccuracyTask,
+    GenerateTask,
+    LatencyTask,
+    LogitsTask,
+    MissingPackage,
+    Reply,
+    Request,
+    Task,
+)
 
 PROGRESS_EVERY_S = 0.2
 
@@ -71,7 +80,7 @@ class _Work:
         self._open, self._progress = open_session, progress
         self._session: Session | None = None
 
-    def do(self, task: AccuracyTask | LatencyTask | GenerateTask, reply: Reply, threads: int) -> Reply:
+    def do(self, task: Task, reply: Reply, threads: int) -> Reply:
         """The reply with what the task found."""
         from targets import accuracy, measure
 
@@ -83,6 +92,10 @@ class _Work:
         if isinstance(task, AccuracyTask):
             accuracy.measure(self._session, task, self._progress).save(task.metrics_out)
             return reply.model_copy(update={"metrics": task.metrics_out})
+        if isinstance(task, LogitsTask):
+            accuracy.record(self._session, task, self._progress)
+            return reply.model_copy(update={"logits": task.logits_out})
+        assert isinstance(task, GenerateTask)
         return reply.model_copy(update={"generated": generate(self._session, task)})
 
     def close(self) -> None:
@@ -125,7 +138,7 @@ def _end_with_parent() -> None:
     """Wait for the end of standard input, whose other end only the parent holds; take our own children along."""
     while os.read(0, 4096):
         pass
-    if os.getpgrp() == os.getpid():  # a group of our own, as targets.devices.host makes it
+    if os.getpgrp() == os.getpid():  # a group of our own, as targets.process makes it
         os.killpg(0, signal.SIGKILL)
     os._exit(70)
 

@@ -36,7 +36,7 @@ def _names(monkeypatch: pytest.MonkeyPatch) -> None:
         "transforms": ("awq", "smoothquant"),
         "exporters": ("gguf_llamacpp", "litert_int8", "onnx_int4"),
         "runtimes": ("litert_cpu", "llamacpp_cpu", "ort_cpu"),
-        "devices": ("host",),
+        "devices": ("adb", "arm", "host", "ssh"),
     }
     monkeypatch.setattr(registry, "known", lambda kind: names[kind])
 
@@ -89,7 +89,7 @@ def test_ready_recipes_are_read_by_name(file: Path) -> None:
         ("ort_cpu}", "ort_cpu, treads: 2}", "unknown key 'targets[0].treads': did you mean 'threads'"),
         ("onnx_int4, runtime", "onnx_in4, runtime", "targets[0].exporter: unknown exporter 'onnx_in4': did"),
         ("runtime: ort_cpu", "runtime: ortcpu", "targets[0].runtime: unknown runtime 'ortcpu': did you mean 'ort_cpu'"),
-        ("ort_cpu}", "ort_cpu, device: phone}", "targets[0].device: unknown device 'phone': known: host"),
+        ("ort_cpu}", "ort_cpu, device: phone}", "targets[0].device: unknown device 'phone': known: adb, arm"),
         ("solver: gptq", "solver: gptx", "line 4: quantize[0].solver: unknown solver 'gptx': did you mean 'gptq'"),
         ("solver: gptq", "solver: [awk, gptq]", "transforms[0]: unknown transform 'awk': did you mean 'awq'"),
         ("solver: gptq", "solver: [awq]", "solver: a chain ends with one of gptq, rtn, seen ['awq']; e.g. [awq, gptq]"),

@@ -42,7 +42,7 @@ def test_the_folders_hold_what_the_recipes_name() -> None:
     assert {"rtn", "gptq"} <= set(registry.known("solvers"))
     assert {"onnx_int4", "litert_int8", "gguf_llamacpp"} <= set(registry.known("exporters"))
     assert {"ort_cpu", "litert_cpu", "llamacpp_cpu"} <= set(registry.known("runtimes"))
-    assert "host" in registry.known("devices")
+    assert {"host", "ssh"} <= set(registry.known("devices"))
 
 
 @pytest.mark.parametrize(("kind", "name"), PLUGINS)
@@ -60,10 +60,11 @@ def test_a_plugin_keeps_its_contract(kind: registry.Kind, name: str) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [p for p in PLUGINS if not p[0].endswith("runtimes")])
 def test_options_are_frozen_and_refuse_unknown_keys(kind: registry.Kind, name: str) -> None:
-    made = registry.options(kind, name, {})
+    needed = {"address": "board"} if (kind, name) == ("devices", "ssh") else {}
+    made = registry.options(kind, name, needed)
     assert isinstance(made, BaseModel)
     with pytest.raises(RecipeError, match="has no option 'no_such'"):
-        registry.options(kind, name, {"no_such": 1})
+        registry.options(kind, name, {**needed, "no_such": 1})
     for field in type(made).model_fields:
         with pytest.raises(ValidationError, match="frozen"):
             setattr(made, field, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import tiny_models
@@ -44,10 +45,27 @@ def make(folder: Path) -> Setting:
     return Setting(source, model, evaluation, float_model, dequantized, artifact)
 
 
+def write_rogue(site: Path) -> None:
+    """Runtimes `rogue` and `absent` as another distribution's, for Pythons that have `site` in their path."""
+    facts = site / "rogue-0.1.dist-info"
+    facts.mkdir(parents=True)
+    (site / "rogue_runtime.py").write_text(ROGUE)
+    (site / "absent_runtime.py").write_text("from rogue_runtime import Absent as Runtime\n")
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: rogue\nVersion: 0.1\n")
+    (facts / "entry_points.txt").write_text(
+        dedent("""
+            [lilliput.runtimes]
+            rogue = rogue_runtime
+            absent = absent_runtime
+        """)
+    )
+
+
 # By the main file's name of the artifact that it opens.
 ROGUE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
+from textwrap import dedent
 import numpy as np
 
 class Session:

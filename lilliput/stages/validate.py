@@ -74,7 +74,7 @@ def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progre
     references = References(model, evaluation, Logits(held.reference), Logits(held.dequantized))
     try:
         with closing(device.open(options)) as connection:
-            place = Place(target.runtime.name, target.device.name, connection, target.threads)
+            place = Place(target.runtime.name, target.device.url, connection, target.threads, target.board)
             return validate(candidate, place, references, _smoke(held, artifact), (), folder, progress=progress)
     finally:
         shutil.rmtree(folder / "exact", ignore_errors=True)

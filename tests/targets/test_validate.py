@@ -12,9 +12,10 @@ from tiny_setting import CHUNKS, LENGTH, Setting
 from lilliput.artifact import Artifact, sha256
 from lilliput.errors import MissingError, MissingPackageError
 from lilliput.results import Gate, TargetResult
-from targets import machine
-from targets.devices.host import Device, Options
+from targets import machine, sensors
+from targets.devices.host import Device, HostConnection, Options
 from targets.metrics import TokenMetrics
+from targets.probe import Probe
 from targets.validate import Candidate, Place, Protocol, References, Smoke, validate
 
 PROTOCOL = Protocol(blocks=2, steps=4, prompt_tokens=16, shallow_tokens=4)
@@ -72,6 +73,10 @@ def test_all_figures_are_there(setting: Setting, result: tuple[TargetResult, Pat
     assert found.accuracy.tokens == CHUNKS * LENGTH // 2
     assert found.artifact.sha256 == sha256(setting.artifact.path)
     assert found.versions["torch"]
+    assert found.host is not None
+    assert found.host.device == "host"
+    assert found.conditions is not None
+    assert {s.kind for s in found.conditions.sensors} | set(found.conditions.absent) == set(sensors.KINDS)
 
 
 def test_the_gates_are_the_three_and_the_recipes(result: tuple[TargetResult, Path]) -> None:
@@ -147,6 +152,35 @@ def test_one_token_over_and_over_fails_unless_the_float_model_does_so(
     assert found.generation is not None
     assert found.generation.text == "3+3+3+3+3+3"
     assert found.gates[2].verdict == verdict
+
+
+class Emulated(HostConnection):
+    """This machine, as if another's processor were emulated on it."""
+
+    def probe(self) -> Probe:
+        seen = super().probe()
+        return seen.model_copy(update={"host": seen.host.model_copy(update={"emulated": "an emulator"})})
+
+
+def test_an_emulated_device_is_never_timed(setting: Setting, rogue: Path, tmp_path: Path) -> None:
+    gates = (
+        Gate(metric="decode_tokens_per_s", min=1),
+        Gate(metric="peak_rss_mb", max=1e5),
+        Gate(metric="size_mb", max=1),
+    )
+    subject, folder = rogue_candidate(setting, rogue, "sound"), tmp_path / "v"
+    folder.mkdir()
+    references = References(setting.model, setting.evaluation, setting.float_model, setting.dequantized)
+    place = Place("rogue", "arm", Emulated(Options()), threads=1, board="raspberry-pi-5")
+    found = validate(subject, place, references, smoke(), gates, folder, PROTOCOL)
+    assert found.accuracy is not None
+    assert found.generation is not None
+    assert (found.latency, found.memory, found.conditions) == (None, None, None)
+    assert [g.verdict for g in found.gates if g.name in ("decode_tokens_per_s", "peak_rss_mb", "size_mb")] == [
+        "INCONCLUSIVE", "INCONCLUSIVE", "PASS",
+    ]  # fmt: skip
+    assert "latency: not measured: emulated by an emulator" in found.notes
+    assert any("lacks asimd, asimdhp, asimddp of a Raspberry Pi 5" in note for note in found.notes)
 
 
 def test_a_missing_package_is_an_error_of_its_own(setting: Setting, rogue: Path, tmp_path: Path) -> None:
