@@ -7,7 +7,7 @@ rewritten to MatMul on (in, out), the same product. All quantize them to 4 bits,
     DEFAULT    ONNX Runtime's kernels, symmetric and with zero points
     RTN        neural-compressor's round to nearest, symmetric and with zero points
     HQQ        Half-Quadratic Quantization; zero points are float32, so that MatMulNBits knows no accuracy level for it.
-               In blocks of 64 its file has the bytes of the others' blocks of 32; in blocks of 32 it weighs a fifth more
+               In blocks of 64 its file has the bytes of the others' blocks of 32; of 32 it weighs a fifth more
     k_quant    llama.cpp's k-quant search, with zero points
 
 accuracy_level is that of our files where a quantizer has the option. Scales are float32, as the weights were.

@@ -13,29 +13,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lilliput.grid import Outliers, QuantizedTensor, grid
 from lilliput.model import DecoderConfig, QuantizedModel, SolveStep
 
+PARTS = ("codes", "scales", "offsets", "supers", "columns", "values")
+
 
 def save(model: QuantizedModel, folder: Path) -> None:
     """Write `model` into `folder` (made if absent)."""
     folder.mkdir(parents=True, exist_ok=True)
-    codes: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
-    for name, tensor in sorted(model.quantized.items()):
-        codes[f"{name}.codes"], codes[f"{name}.scales"] = tensor.codes, tensor.scales
-        if tensor.offsets is not None:
-            codes[f"{name}.offsets"] = tensor.offsets
-        if tensor.supers is not None:
-            codes[f"{name}.supers"] = tensor.supers
-        if tensor.outliers is not None:
-            codes[f"{name}.columns"], codes[f"{name}.values"] = tensor.outliers.columns, tensor.outliers.values
-    save_file({k: np.ascontiguousarray(v) for k, v in codes.items()}, folder / "codes.safetensors")
+    save_codes(model.quantized, folder / "codes.safetensors")
     save_file({k: np.ascontiguousarray(v) for k, v in sorted(model.floats.items())}, folder / "floats.safetensors")
     shutil.copytree(model.tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     text = {
@@ -51,19 +48,41 @@ def save(model: QuantizedModel, folder: Path) -> None:
 def load(folder: Path) -> QuantizedModel:
     """Read what `save` wrote."""
     text = json.loads((folder / "model.json").read_text())
-    parts = load_file(folder / "codes.safetensors")
-    quantized = {
-        name: QuantizedTensor(
-            grid(spec),
-            parts[f"{name}.codes"],
-            parts[f"{name}.scales"],
-            parts.get(f"{name}.offsets"),
-            parts.get(f"{name}.supers"),
-            Outliers(parts[f"{name}.columns"], parts[f"{name}.values"]) if f"{name}.columns" in parts else None,
-        )
-        for name, spec in text["grids"].items()
-    }
+    quantized = dict(Codes(folder / "codes.safetensors", text["grids"]))
     floats = load_file(folder / "floats.safetensors")
     steps = tuple(SolveStep(**step) for step in text.get("steps", ()))
     config, tokenizer = DecoderConfig(**text["config"]), folder / "tokenizer"
     return QuantizedModel(text["name"], config, quantized, floats, tokenizer, text["provenance"], steps)
+
+
+def save_codes(tensors: Mapping[str, QuantizedTensor], path: Path) -> None:
+    """Write the parts of each tensor; their grids are the caller's to keep."""
+    parts = {f"{name}.{end}": array for name, tensor in sorted(tensors.items()) for end, array in _parts(tensor)}
+    save_file({k: np.ascontiguousarray(v) for k, v in parts.items()}, path)
+
+
+def _parts(tensor: QuantizedTensor) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+    held = (tensor.codes, tensor.scales, tensor.offsets, tensor.supers, *tensor.kept)
+    return ((end, array) for end, array in zip(PARTS, held, strict=True) if array is not None)
+
+
+class Codes(Mapping[str, QuantizedTensor]):
+    """What `save_codes` wrote, each tensor read when asked for; the file is opened anew for each."""
+
+    def __init__(self, path: Path, grids: Mapping[str, str]) -> None:
+        self._path, self._grids = path, grids
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        spec = grid(self._grids[name])
+        with safe_open(self._path, framework="numpy") as file:
+            there = set(file.keys())
+            ends = [end for end in PARTS if f"{name}.{end}" in there]
+            parts: dict[str, Any] = {end: file.get_tensor(f"{name}.{end}") for end in ends}
+        kept = Outliers(parts.pop("columns"), parts.pop("values")) if "columns" in parts else None
+        return QuantizedTensor(spec, **parts, outliers=kept)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._grids))
+
+    def __len__(self) -> int:
+        return len(self._grids)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -240,6 +240,8 @@ class SourceModel:
     license: str | None = None
     tokenizer_parity: str = "not proven: not tried"
     decoder_proof: str = "not proven: not tried"
+    codes: Mapping[str, QuantizedTensor] = field(default_factory=dict)  # of matrices that the source holds on a grid
+    not_passed: Mapping[str, str] = field(default_factory=dict)  # why others that it quantizes have no codes here
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 Compared is the largest difference over the standard deviation of the reference's logits, all in float32. Where layers
 have windows that the fixed tokens do not fill, they are compared once more with both models' windows shortened. A GGUF
-file is read by transformers' own import of its weights (which is right, unlike its import of tokenizers).
+file is read by transformers' own import of its weights (which is right, unlike its import of tokenizers). A folder of
+quantized weights is read by transformers only where each format's own kernels run, most of them on a GPU alone: there
+its model gets the weights as we dequantized them, so the proof is of the decoder. (That they are what the formats mean
+is shown by tests, against the formats' own libraries where they run.)
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lilliput.errors import SourceError
+from lilliput.grid import Float
 from lilliput.model import DecoderConfig, SourceModel
 from lilliput.rope import RopeScaling
 
@@ -26,24 +30,28 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4  # of the logits' standard deviation
 ROWS, STEPS = 2, 48
 SHORT_WINDOW = 16
+Dequantized = Mapping[str, Float]  # by the checkpoint's names, each made when asked for
 
 
-def prove(source: SourceModel, original: Path, *, allow_remote_code: bool = False) -> str:
-    """Compare and return the sentence for the report. `original` is the folder or GGUF file that `source` came from.
+def prove(
+    source: SourceModel, original: Path, *, allow_remote_code: bool = False, dequantized: Dequantized | None = None
+) -> str:
+    """Compare and return the sentence for the report. `original` is the folder or GGUF file that `source` came from,
+    `dequantized` the tensors of a quantized folder.
 
     Raises SourceError where they differ by more than TOLERANCE, or where transformers cannot read `original`.
     """
     tokens = fixed_tokens(source.config.vocab_size, min(STEPS, source.config.max_positions))
-    pairs = zip(_our_logits(source, tokens), _their_logits(source, original, tokens, allow_remote_code), strict=True)
-    error = max(relative_error(ours, theirs) for ours, theirs in pairs)
+    theirs = _their_logits(source, original, tokens, allow_remote_code, dequantized)
+    error = max(relative_error(*pair) for pair in zip(_our_logits(source, tokens), theirs, strict=True))
     if not error <= TOLERANCE:  # also a NaN
         raise SourceError(
             f"{original}: the decoder's logits differ from transformers' by {error:.2e} of their spread, wanted at "
             f"most {TOLERANCE:.0e}: the model computes something that the generic decoder does not"
         )
-    return (
-        f"proven against transformers: logits within {error:.1e} of their spread on {ROWS} x {tokens.shape[1]} tokens"
-    )
+    found = f"logits within {error:.1e} of their spread on {ROWS} x {tokens.shape[1]} tokens"
+    given = "" if dequantized is None else ", given the weights as Lilliput dequantized them"
+    return f"proven against transformers{given}: {found}"
 
 
 def fixed_tokens(vocab_size: int, steps: int) -> Tensor:
@@ -78,18 +86,21 @@ def _our_logits(source: SourceModel, tokens: Tensor) -> list[Tensor]:
     return results
 
 
-def _their_logits(source: SourceModel, original: Path, tokens: Tensor, allow_remote_code: bool) -> list[Tensor]:
+def _their_logits(
+    source: SourceModel, original: Path, tokens: Tensor, allow_remote_code: bool, dequantized: Dequantized | None
+) -> list[Tensor]:
     import torch
 
     # only their plain attention has soft caps
     attention = "eager" if source.config.attention_softcap else "sdpa"
     try:
         with _quietly():
-            model = (
-                _their_gguf_model(source.config, original, attention)
-                if original.is_file()
-                else _their_model(original, attention, allow_remote_code)
-            )
+            if dequantized is not None:
+                model = _their_dequantized_model(original, dequantized, attention, allow_remote_code)
+            elif original.is_file():
+                model = _their_gguf_model(source.config, original, attention)
+            else:
+                model = _their_model(original, attention, allow_remote_code)
     except Exception as error:  # transformers raises whatever its readers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
@@ -123,6 +134,28 @@ def _their_model(folder: Path, attention: str, allow_remote_code: bool) -> PreTr
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation=attention, trust_remote_code=allow_remote_code
     )
+    return model
+
+
+def _their_dequantized_model(
+    folder: Path, weights: Dequantized, attention: str, allow_remote_code: bool
+) -> PreTrainedModel:
+    """Their model of the configuration, with these weights by the checkpoint's names; all parameters must be there."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=allow_remote_code)
+    del config.quantization_config
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=allow_remote_code
+    )
+    parameters = dict(model.named_parameters())
+    absent = sorted(set(parameters) - set(weights))
+    if absent:
+        raise ValueError(f"the folder holds no {absent[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(weights[name]))
     return model
 
 

@@ -1,6 +1,6 @@
 """Stage 1: a model from where it is, in the decoder's own terms, with its tokenizer and its decoder proven.
 
-    path/to/folder                a Hugging Face folder (safetensors)
+    path/to/folder                a Hugging Face folder (safetensors), float or quantized (lilliput.sources.quantized)
     path/to/model.gguf            a GGUF file
     package:NAME/FILE             a file or folder inside an installed package
     organisation/name             a hub id, downloaded by huggingface_hub (only the files that are needed)
@@ -55,7 +55,8 @@ def load(
     with _whole_or_not_at_all(folder):
         model = stage.write(original, source, folder, progress)
         if proof:
-            sentence = prove(model, path, allow_remote_code=allow_remote_code)
+            tensors = original.dequantized()
+            sentence = prove(model, path, allow_remote_code=allow_remote_code, dequantized=tensors)
             model = stage.record_proof(folder, sentence)
     return model
 

@@ -293,15 +293,15 @@ BAD_FOLDERS: dict[str, tuple[Spoil, str]] = {
     ),
     "unknown architecture": (
         lambda f: edit(f / "config.json", architectures=["MambaForCausalLM"]),
-        "architecture 'MambaForCausalLM' is not supported: .*GPT2LMHeadModel, Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM",
+        "architecture 'MambaForCausalLM' is not supported: .*GPT2LMHeadModel, Gemma2ForCausalLM, .*LlamaForCausalLM",
     ),
     "remote code": (
         lambda f: edit(f / "config.json", auto_map={"AutoModelForCausalLM": "modeling.X"}),
         r"auto_map asks to run code .* allow it explicitly \(allow_remote_code\)",
     ),
-    "quantized already": (
-        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
-        "quantization_config says that the weights are quantized already",
+    "quantized by name only": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantization_config says that the weights are quantized, and no tensor is",
     ),
     "no weights": (remove("model.safetensors"), r"no weights, wanted model\.safetensors"),
     "pickled weights": (pickled, r"its weights are pickled \(pytorch_model\.bin\).* allow it explicitly"),

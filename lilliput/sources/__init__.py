@@ -1,6 +1,7 @@
 """Where a model comes from: each module reads one kind of place and gives an `Original`, which stage.py writes out.
 
 hf_folder      a Hugging Face folder: config.json, safetensors (one file or shards), tokenizer files
+quantized      the formats in which such a folder may hold quantized matrices
 gguf_file      a GGUF file: metadata, quantized or float tensors, vocabulary
 package_file   finds either inside an installed package, without importing it
 """
@@ -14,6 +15,7 @@ from typing import Protocol
 from lilliput.families import Read
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
+from lilliput.sources.stored import Stored
 
 
 class Original(Protocol):
@@ -58,6 +60,14 @@ class Original(Protocol):
 
     def read(self, name: str) -> Float:
         """A tensor as float32, in the checkpoint's shape."""
+        ...
+
+    def stored(self, name: str) -> Stored | None:
+        """A tensor as it is quantized in the checkpoint; None where it is float."""
+        ...
+
+    def dequantized(self) -> Mapping[str, Float] | None:
+        """All tensors as float32, where transformers cannot be asked to dequantize them itself; else None."""
         ...
 
     def parameters(self, read: Read) -> Iterator[tuple[str, Float]]:

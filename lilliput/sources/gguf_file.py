@@ -1,4 +1,4 @@
-"""A GGUF file: weights dequantized to float32, configuration and tokenizer rebuilt from its metadata.
+"""A GGUF file: weights with their codes, configuration and tokenizer rebuilt from its metadata.
 
 Dimensions stand in ggml's order, innermost first: a matrix (out, in) has shape [in, out] there. Metadata
 keys of the architecture carry its name as prefix (`llama.block_count`). Which key and tensor means what is the
@@ -8,7 +8,7 @@ family's to say. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ import numpy as np
 from lilliput import parity, rope, tokenizer
 from lilliput.errors import SourceError
 from lilliput.families import Family, Read, gguf_family_of
-from lilliput.grid import Float
+from lilliput.ggml import blocks
+from lilliput.grid import GGUF_GRIDS, Float, grid, narrowest
 from lilliput.model import DecoderConfig
+from lilliput.sources.stored import OffGrid, Stored
 
 MAGIC = b"GGUF"
+FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+# Of the quantized block types; where scales have no name of their own, they are float16.
+GRIDS = ("int4-b32-f16", "int4-b32-min-f16", "int5-b32-f16", "int5-b32-min-f16", "int8-b32-f16", *GGUF_GRIDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +63,23 @@ class GgufFile:
     def file_of(self, name: str) -> str:
         return self.path.name
 
+    def stored(self, name: str) -> Stored | None:
+        tensor = self.tensors[name]
+        kind = tensor.tensor_type.name
+        if kind in FLOAT_TYPES:
+            return None
+        spec = next((s for s in map(grid, GRIDS) if blocks.block_type(s).name == kind), None)
+        if spec is None or len(self.shapes[name]) != 2:
+            return OffGrid(self._values(name), f"no grid holds GGUF's {kind}")
+        found = blocks.unpack(tensor.data, spec, name)
+        plain = spec.symmetric and not spec.super_blocks and not spec.codebook
+        return replace(found, spec=replace(spec, scale_dtype=narrowest(found.scales))) if plain else found
+
     def read(self, name: str) -> Float:
+        stored = self.stored(name)
+        return self._values(name) if stored is None else stored.dequantize()
+
+    def _values(self, name: str) -> Float:
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
@@ -70,6 +91,9 @@ class GgufFile:
                 "use a file of F32, F16, BF16, Q8_0, Q4_*, Q5_* or K-quants"
             ) from error
         return np.asarray(array, dtype=np.float32).reshape(self.shapes[name])
+
+    def dequantized(self) -> None:
+        return None  # transformers reads GGUF
 
     def parameters(self, read: Read) -> Iterator[tuple[str, Float]]:
         return self.family.gguf_weights(self.config, read)

@@ -2,6 +2,9 @@
 
 Pickled weights (pytorch_model.bin) can run code when they are read, and `auto_map` names code of the folder itself:
 both are refused unless asked for. Pickles are then read by torch.load(weights_only=True).
+
+Where config.json has a `quantization_config`, the tensors of each quantized matrix stand for the one tensor that they
+were made from (lilliput.sources.quantized).
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from lilliput import parity
@@ -22,6 +27,8 @@ from lilliput.errors import SourceError
 from lilliput.families import Family, Read, family_of
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
+from lilliput.sources import quantized
+from lilliput.sources.stored import Stored
 from lilliput.tokenizer import save_generation_config
 
 if TYPE_CHECKING:
@@ -35,6 +42,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them makes a tokenizer
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+CODE_DTYPES = ("I64", "I32", "I8", "U8")  # of quantized checkpoints
+CONV1D = ("gpt2",)  # keep their matrices as (in, out)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,18 @@ class HfFolder:
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        parts = {part for matrix in self.matrices.values() for part in matrix.parts.names.values()}
+        plain = {name: shape for name, shape in self._stored_shapes.items() if name not in parts}
+        return plain | {name: matrix.shape for name, matrix in self.matrices.items()}
+
+    @cached_property
+    def matrices(self) -> Mapping[str, quantized.Matrix]:
+        """Those that are quantized, by the name of the tensor that each was made from."""
+        settings = self.hf.get("quantization_config")
+        return quantized.matrices(settings, self._stored_shapes, self._raw) if settings else {}
+
+    @cached_property
+    def _stored_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: shape for shard in self.shards for name, shape in shard.shapes.items()}
 
     @cached_property
@@ -84,23 +105,65 @@ class HfFolder:
 
     def unused(self, name: str) -> bool:
         tied = self.config.tied_embeddings and name == "lm_head.weight"
-        return tied or self.family.UNUSED.fullmatch(name) is not None
+        return tied or self.family.UNUSED.fullmatch(name) is not None or self._zero_bias(name)
+
+    def _zero_bias(self, name: str) -> bool:
+        """AutoGPTQ gave every linear layer a bias, one of zeros where the model has none."""
+        beside = name.removesuffix(".bias") + ".weight" in self.matrices
+        return name.endswith(".bias") and beside and not self.read(name).any()
 
     def file_of(self, name: str) -> str:
-        return self._shard_of[name].path.name
+        first = next(iter(self.matrices[name].parts.names.values())) if name in self.matrices else name
+        return self._shard_of[first].path.name
 
     def read(self, name: str) -> Float:
+        if stored := self.stored(name):
+            return stored.dequantize()
+        array = self._raw(name)
+        if array.dtype != np.float32:
+            raise SourceError(
+                f"{self.file_of(name)}: tensor {name} is {array.dtype} and has no scales beside it, wanted a float: "
+                "the file is damaged, or of another format than quantization_config says"
+            )
+        return array
+
+    def stored(self, name: str) -> Stored | None:
+        return self.matrices[name].read() if name in self.matrices else None
+
+    def _raw(self, name: str) -> npt.NDArray[Any]:
+        """A tensor as the file holds it: integers as they are, floats as float32."""
         import torch
 
-        tensor = self._shard_of[name].read(name)
-        array: Float = tensor.detach().to(torch.float32).contiguous().numpy()
+        tensor = self._shard_of[name].read(name).detach()
+        array: npt.NDArray[Any] = (
+            (tensor.to(torch.float32) if tensor.is_floating_point() else tensor).contiguous().numpy()
+        )
         return array
+
+    def dequantized(self) -> Mapping[str, Float] | None:
+        return Tensors(self) if self.matrices else None
 
     def parameters(self, read: Read) -> Iterator[tuple[str, Float]]:
         return self.family.weights(self.config, read, frozenset(self.shapes))
 
     def save_tokenizer(self, folder: Path) -> str:
         return save_tokenizer(self.path, self.hf, folder, self.allow_remote_code)
+
+
+class Tensors(Mapping[str, Float]):
+    """The folder's tensors by its own names, each read when asked for."""
+
+    def __init__(self, folder: HfFolder) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Float:
+        return self._folder.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folder.shapes)
+
+    def __len__(self) -> int:
+        return len(self._folder.shapes)
 
 
 def open_folder(path: Path, *, allow_pickle: bool = False, allow_remote_code: bool = False) -> HfFolder:
@@ -110,9 +173,15 @@ def open_folder(path: Path, *, allow_pickle: bool = False, allow_remote_code: bo
         raise SourceError(
             f"{path}: no tokenizer, wanted {' or '.join(VOCABULARY_FILES)}: save the model's tokenizer beside it"
         )
-    _, family = family_of(hf)
+    name, family = family_of(hf)
+    quantization = hf.get("quantization_config")
+    if quantization and name in CONV1D:
+        raise SourceError(
+            f"{path / 'config.json'}: quantization_config of a {name}, whose matrices lie transposed, is not read: "
+            "use a GGUF file, or the float checkpoint it was made from"
+        )
     config = family.config(hf)
-    shards, index = _open_shards(path, allow_pickle)
+    shards, index = _open_shards(path, allow_pickle, FLOAT_DTYPES + (CODE_DTYPES if quantization else ()))
     return HfFolder(path, hf, config, family, shards, index, allow_remote_code)
 
 
@@ -124,11 +193,6 @@ def _read_config(path: Path, allow_remote_code: bool) -> dict[str, Any]:
         raise SourceError(
             f"{path / 'config.json'}: auto_map asks to run code of the model folder itself, which is refused: "
             "read that code, then allow it explicitly (allow_remote_code)"
-        )
-    if hf.get("quantization_config"):
-        raise SourceError(
-            f"{path / 'config.json'}: quantization_config says that the weights are quantized already, "
-            "wanted a float model: use the checkpoint it was made from"
         )
     return hf
 
@@ -143,8 +207,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_shards(path: Path, allow_pickle: bool) -> tuple[tuple[Shard, ...], Path | None]:
-    for single, opener in ((SAFETENSORS, _open_safetensors), (PICKLE, _open_pickle)):
+def _open_shards(
+    path: Path, allow_pickle: bool, dtypes: tuple[str, ...]
+) -> tuple[tuple[Shard, ...], Path | None]:  # fmt: skip
+    """The files of the weights, whose tensors are of these dtypes."""
+    openers = ((SAFETENSORS, partial(_open_safetensors, dtypes=dtypes)), (PICKLE, _open_pickle))
+    for single, opener in openers:
         index = path / f"{single}.index.json"
         if not index.is_file() and not (path / single).is_file():
             continue
@@ -176,7 +244,7 @@ def _open_indexed(index: Path, opener: Callable[[Path], Shard]) -> tuple[Shard, 
     return tuple(shards)
 
 
-def _open_safetensors(path: Path) -> Shard:
+def _open_safetensors(path: Path, dtypes: tuple[str, ...]) -> Shard:
     from safetensors import safe_open
 
     if not path.is_file():
@@ -188,9 +256,9 @@ def _open_safetensors(path: Path) -> Shard:
     names = file.keys()  # type: ignore[no-untyped-call]
     slices = {name: file.get_slice(name) for name in names}  # type: ignore[no-untyped-call]
     for name, part in slices.items():
-        if part.get_dtype() not in FLOAT_DTYPES:
+        if part.get_dtype() not in dtypes:
             raise SourceError(
-                f"{path.name}: tensor {name} is {part.get_dtype()}, wanted one of {', '.join(FLOAT_DTYPES)}: "
+                f"{path.name}: tensor {name} is {part.get_dtype()}, wanted one of {', '.join(dtypes)}: "
                 "use the float checkpoint that it was made from"
             )
     return Shard(path, {name: tuple(part.get_shape()) for name, part in slices.items()}, file.get_tensor)

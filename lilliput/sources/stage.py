@@ -1,9 +1,11 @@
 """The source stage's result: one folder with the model in the decoder's own terms.
 
     weights.safetensors   float32, decoder names; written parameter by parameter, so one is in memory at a time
+    codes.safetensors     codes, scales and offsets of matrices that the source holds on a grid (lilliput.checkpoint)
     config.json           DecoderConfig
     tokenizer/            what AutoTokenizer opens, and generation_config.json
-    source.json           name, origin, license, sha256 of the files read, the two proofs
+    source.json           name, origin, license, sha256 of the files read, the two proofs; of a quantized source the
+                          grid of each matrix, and why others that it quantizes have none
 
 safetensors is: uint64 length of the header, the header (JSON: dtype, shape, byte range of each tensor),
 then the data. Ranges follow sorted names, so the same weights give the same bytes in whatever order they come.
@@ -14,20 +16,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from lilliput.artifact import sha256
+from lilliput.checkpoint import Codes, save_codes
 from lilliput.errors import SourceError
 from lilliput.families import Read
-from lilliput.grid import Float
+from lilliput.grid import Float, QuantizedTensor
 from lilliput.model import DecoderConfig, SourceModel, Weights
 from lilliput.progress import Progress
 from lilliput.sources import Original
+from lilliput.sources.codes import Held, held
+from lilliput.sources.stored import Stored
 
 FLOAT32_BYTES = 4
+EMPTY = np.empty((0, 0), np.float32)  # values that are written already
 
 
 def check_shapes(original: Original) -> None:
@@ -74,7 +80,10 @@ def _refuse_strangers(original: Original, known: set[str]) -> None:
 def write(original: Original, origin: str, folder: Path, progress: Progress) -> SourceModel:
     """Write the stage's files into `folder` (exists, empty). Raises SourceError; the caller clears the folder then."""
     check_shapes(original)
-    _write_weights(original, folder / "weights.safetensors", progress)
+    stored = _write_weights(original, folder / "weights.safetensors", progress)
+    codes = held(original, stored, Weights(folder / "weights.safetensors")) if stored else Held()
+    if codes.tensors:
+        save_codes(codes.tensors, folder / "codes.safetensors")
     _write_json(folder / "config.json", asdict(original.config))
     parity = original.save_tokenizer(folder / "tokenizer")
     _check_vocabulary(original, folder / "tokenizer")
@@ -88,6 +97,9 @@ def write(original: Original, origin: str, folder: Path, progress: Progress) -> 
         "tokenizer_parity": parity,
         "decoder_proof": SourceModel.decoder_proof,
     }
+    if stored:
+        facts["grids"] = {name: tensor.spec.name for name, tensor in codes.tensors.items()}
+        facts["not_passed"] = dict(codes.not_passed)
     _write_json(folder / "source.json", facts)
     return open_stage(folder)
 
@@ -134,6 +146,8 @@ def open_stage(folder: Path) -> SourceModel:
             license=facts["license"],
             tokenizer_parity=facts["tokenizer_parity"],
             decoder_proof=facts["decoder_proof"],
+            codes=Codes(folder / "codes.safetensors", facts.get("grids", {})),
+            not_passed=facts.get("not_passed", {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
@@ -153,21 +167,23 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_weights(original: Original, path: Path, progress: Progress) -> None:
+def _write_weights(original: Original, path: Path, progress: Progress) -> dict[str, Stored]:
+    """Write the float parameters; the tensors that were quantized, by the checkpoint's names."""
     shapes = dict(sorted(original.config.parameter_shapes().items()))
     ranges, total_bytes = _byte_ranges(shapes)
     header = json.dumps(
         {n: {"dtype": "F32", "shape": s, "data_offsets": ranges[n]} for n, s in shapes.items()}, separators=(",", ":")
     ).encode()
     header += b" " * (-len(header) % 8)
-    done_bytes = 0
+    done_bytes, stored = 0, dict[str, Stored]()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for name, array in original.parameters(_checked_read(original)):
+        for name, array in original.parameters(_checked_read(original, stored)):
             file.seek(8 + len(header) + ranges[name][0])
             file.write(np.ascontiguousarray(array, dtype="<f4").data)
             done_bytes += array.size * FLOAT32_BYTES
             progress(done_bytes, total_bytes)
+    return stored
 
 
 def _byte_ranges(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, tuple[int, int]], int]:
@@ -178,11 +194,14 @@ def _byte_ranges(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, tuple[in
     return ranges, end
 
 
-def _checked_read(original: Original) -> Read:
-    """Read tensors, refusing by name one that holds NaN or infinity."""
+def _checked_read(original: Original, quantized: dict[str, Stored]) -> Read:
+    """Read tensors, refusing by name one that holds NaN or infinity; keep those that are quantized."""
 
     def read(name: str) -> Float:
-        array = original.read(name)
+        stored = original.stored(name)
+        if stored is not None:
+            quantized[name] = stored if isinstance(stored, QuantizedTensor) else replace(stored, values=EMPTY)
+        array = original.read(name) if stored is None else stored.dequantize()
         if not np.isfinite(array).all():
             count = int(array.size - np.isfinite(array).sum())
             raise SourceError(
