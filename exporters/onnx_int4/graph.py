@@ -215,8 +215,8 @@ def _head_norm(b: Builder, node: Node, out: str) -> None:
     apart, joined = ([0, 0, heads, size], [0, 0, heads * size])  # 0: the dimension that is there
     shapes = (b.constant(f"int64.{'x'.join(map(str, shape))}", np.array(shape, np.int64)) for shape in (apart, joined))
     x = b.add("Reshape", [value(node.inputs[0]), next(shapes)], [f"{out}.heads"])
-    attributes = {"axis": -1, "epsilon": node.attributes["eps"]}
-    normed = b.add("SimplifiedLayerNormalization", [x, b.float(weight)], [f"{out}.normed"], **attributes)
+    eps, inputs = node.attributes["eps"], [x, b.float(weight)]
+    normed = b.add("SimplifiedLayerNormalization", inputs, [f"{out}.normed"], axis=-1, epsilon=eps)
     b.add("Reshape", [normed, next(shapes)], [out])
 
 
