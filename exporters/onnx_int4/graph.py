@@ -212,12 +212,12 @@ def _skip_norm(b: Builder, node: Node, out: str, op: str) -> None:
 def _head_norm(b: Builder, node: Node, out: str) -> None:
     weight, heads = node.inputs[1], int(node.attributes["heads"])
     size = len(b.parameters.floats[weight])
-    apart, joined = ([0, 0, heads, size], [0, 0, heads * size])  # 0: the dimension that is there
-    shapes = (b.constant(f"int64.{'x'.join(map(str, shape))}", np.array(shape, np.int64)) for shape in (apart, joined))
-    x = b.add("Reshape", [value(node.inputs[0]), next(shapes)], [f"{out}.heads"])
-    eps, inputs = node.attributes["eps"], [x, b.float(weight)]
-    normed = b.add("SimplifiedLayerNormalization", inputs, [f"{out}.normed"], axis=-1, epsilon=eps)
-    b.add("Reshape", [normed, next(shapes)], [out])
+    split = b.constant(f"int64.heads.{heads}x{size}", np.array([0, 0, heads, size], np.int64))  # 0: as it is
+    whole = b.constant(f"int64.heads.{heads * size}", np.array([0, 0, heads * size], np.int64))
+    x = b.add("Reshape", [value(node.inputs[0]), split], [f"{out}.heads"])
+    eps, normed = node.attributes["eps"], f"{out}.normed"
+    b.add("SimplifiedLayerNormalization", [x, b.float(weight)], [normed], axis=-1, epsilon=eps)
+    b.add("Reshape", [normed, whole], [out])
 
 
 def _split(b: Builder, node: Node, out: str) -> None:
