@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,16 @@ from lilliput import decoder
 from lilliput.grid import Float
 from lilliput.model import SourceModel, role_of
 
-KINDS = {"llama": {}, "gpt2": {}, "untied": {"tie_word_embeddings": False}, "one_kv_head": {"num_key_value_heads": 1}}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}), "gpt2": ("gpt2", {}), "untied": ("llama", {"tie_word_embeddings": False}),
+    "one_kv_head": ("llama", {"num_key_value_heads": 1}), "qwen3": ("qwen3", {}),
+    "gemma3": ("gemma3", {"num_hidden_layers": 2}),
+}  # fmt: skip
 
 
 def source_of(kind: str, folder: Path) -> SourceModel:
-    return tiny_source(folder, "gpt2" if kind == "gpt2" else "llama", **KINDS[kind])
+    family, options = KINDS[kind]
+    return tiny_source(folder, family, **options)
 
 
 def random_folds(source: SourceModel, spread: float = 1.0) -> Folds:

@@ -66,7 +66,7 @@ def test_a_training_that_helps_nothing_is_dropped(source: SourceModel, tmp_path:
     assert kept is solved
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gemma3"])
 def test_the_student_is_the_dequantized_model(kind: str, tmp_path: Path) -> None:
     """The same float32 weights in torch's memory, and the decoder's own hidden states."""
     source = tiny_source(tmp_path, kind)
@@ -164,15 +164,17 @@ def test_micro_batches_and_checkpointing_change_no_gradient(source: SourceModel)
     assert torch.allclose(gradients[0], gradients[2], rtol=1e-4, atol=1e-9)
 
 
-def test_the_divergence_and_its_gradient_are_torchs_own() -> None:
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_the_divergence_and_its_gradient_are_torchs_own(softcap: float) -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(300, 16, generator=generator) for _ in range(2))
     head, teacher_head = (torch.randn(50, 16, generator=generator) for _ in range(2))
     student.requires_grad_(True)
-    log_p, log_q = (teacher @ teacher_head.T).log_softmax(-1), (student @ head.T).log_softmax(-1)
+    logits = teacher @ teacher_head.T, student @ head.T
+    log_p, log_q = ((softcap * (x / softcap).tanh() if softcap else x).log_softmax(-1) for x in logits)
     expected = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
     (wanted,) = torch.autograd.grad(expected, student)
-    loss = divergence(student, teacher, head, teacher_head)
+    loss = divergence(student, teacher, head, teacher_head, softcap)
     (found,) = torch.autograd.grad(2 * loss, student)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert torch.allclose(found, 2 * wanted, atol=1e-5)

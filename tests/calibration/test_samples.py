@@ -162,7 +162,7 @@ def test_generation_repeats_by_seed_and_starts_from_different_tokens(source: Sou
     assert first.provenance.sha256 == hashlib.sha256(first.tokens.tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma2", "gemma3", "smollm3"])
 def test_generation_with_a_cache_is_the_decoders_own_argmax(kind: str, tmp_path: Path) -> None:
     """At top_k 1 every token is the argmax of the decoder's uncached logits."""
     decoder = build(tiny_source(tmp_path, kind))

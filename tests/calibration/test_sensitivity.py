@@ -8,6 +8,7 @@ import torch
 from tiny_models import tiny_source
 
 from calibration import rtn, sensitivity
+from calibration.divergence import divergence as divergence_of_samples
 from calibration.samples import Provenance, Samples
 from calibration.sensitivity import Sensitivity
 from lilliput import decoder
@@ -72,6 +73,18 @@ def test_an_untied_head_has_its_own(tmp_path: Path) -> None:
         tensor = rounded(source, name, 6)
         predicted = found[name].loss(source.weights[name], tensor)
         assert predicted == pytest.approx(divergence(source, {name: tensor.dequantize()}), rel=0.35)
+
+
+def test_caps_and_the_scale_of_the_embedding_are_in_it(tmp_path: Path) -> None:
+    """Gemma 2's: the logits' cap of 3 is met, and an error of the untied embedding counts 64 times."""
+    source = tiny_source(tmp_path / "model", "gemma2", tie_word_embeddings=False, final_logit_softcapping=1.0)
+    found = sensitivity.gather(source, random_samples(source), tmp_path / "sensitivity", count=32)
+    for name in ("embedding", "head", "layers.1.mlp.down"):
+        tensor = rounded(source, name, 6)
+        predicted = found[name].loss(source.weights[name], tensor)
+        assert predicted == pytest.approx(divergence(source, {name: tensor.dequantize()}), rel=0.35), name
+        whole = divergence_of_samples(source, {name: tensor}, random_samples(source))
+        assert whole == pytest.approx(divergence(source, {name: tensor.dequantize()}), rel=1e-2), name
 
 
 def test_the_same_again(source: SourceModel, found: Sensitivity, tmp_path: Path) -> None:

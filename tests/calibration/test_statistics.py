@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_llama, tiny_source
+from tiny_models import theirs, tiny_source
 
 from calibration import statistics
 from calibration.samples import Provenance, Samples
 from calibration.statistics import Statistics, gather
 from lilliput.errors import CalibrationError
-from lilliput.families.llama import LAYER
+from lilliput.families import gemma3, llama
 from lilliput.model import SourceModel, role_of
+
+NAMES = {"gemma2": gemma3.LAYER, "gemma3": gemma3.LAYER}
 
 
 def random_samples(source: SourceModel, count: int = 6, length: int = 24) -> Samples:
@@ -23,18 +25,18 @@ def random_samples(source: SourceModel, count: int = 6, length: int = 24) -> Sam
     return Samples(tokens, Provenance("text", "random", "0" * 64, count, length))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", True), ("llama", False), ("qwen3", True), ("gemma2", True), ("gemma3", False)]
+)
 def test_statistics_are_those_of_transformers_linears(
-    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     monkeypatch.setattr(statistics, "PANEL", 48)  # several panels, the last one short
     monkeypatch.setattr(statistics, "BATCH_TOKENS", 50)  # two samples a batch
-    source = tiny_source(tmp_path, tie_word_embeddings=tied)
+    source = tiny_source(tmp_path, kind, tie_word_embeddings=tied)
     samples = random_samples(source)
     found = gather(source, samples, tmp_path / "stage")
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "again", tie_word_embeddings=tied))
+    model, names_in_layer = theirs(source), NAMES.get(kind, llama.LAYER)
     seen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -43,7 +45,7 @@ def test_statistics_are_those_of_transformers_linears(
         model(torch.from_numpy(samples.tokens.astype(np.int64)))
     for name, got in found.items():
         index, inner = name.split(".", 2)[1:] if "." in name else ("", "")
-        x = seen[f"model.layers.{index}.{LAYER[inner]}" if inner else "lm_head"].numpy()
+        x = seen[f"model.layers.{index}.{names_in_layer[inner]}" if inner else "lm_head"].numpy()
         expected = x.T @ x / len(x)
         assert np.allclose(got.second_moments, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()), name
         assert np.array_equal(got.second_moments, got.second_moments.T)
