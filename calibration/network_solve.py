@@ -13,13 +13,18 @@ Activations (grids by group, lilliput.network.ties):
     what softmax reads its range is cut below `floor − MARGIN`: there every row has a share less than e^−MARGIN
     everything else    the range by `ranges` (calibration.clipping)
     constants          minimum to maximum, at the activations' width; norm weights at 8 bit unsigned (QNN asks for it)
+
+`integer: all` puts every value on a grid, as NPUs ask. `integer: matrices` does so with what linear layers,
+convolutions and matrix products read, and with tables, and leaves the rest in float32: runtimes on CPUs compute norms,
+softmax and sums in float anyway, and a transformer's residual stream, whose few outliers are a hundred times its usual
+values, loses most at 8 bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +39,7 @@ from calibration.parallel import in_parallel
 from lilliput import registry
 from lilliput.errors import CalibrationError
 from lilliput.grid import QuantizedTensor, grid
-from lilliput.network import BIASED_OPS, Network, QuantizedNetwork
+from lilliput.network import BIASED_OPS, MATRIX_OPS, Network, Operation, QuantizedNetwork
 from lilliput.network.ties import Group, groups
 from lilliput.progress import Progress, silent
 
@@ -52,6 +57,7 @@ class Options(BaseModel):
     solver: str = "rtn"
     solver_options: Mapping[str, Any] = Field(default_factory=dict)
     ranges: RangeOptions = RangeOptions(dtype="uint8")
+    integer: Literal["all", "matrices"] = "all"
 
 
 def needs_moments(options: Options) -> bool:
@@ -67,7 +73,7 @@ def solve(
     Raises CalibrationError where a range or a solver's statistics are missing, GridError where a weight's grid is not
     symmetric per channel.
     """
-    activations = activation_grids(network, statistics, options.ranges)
+    activations = activation_grids(network, statistics, options.ranges, options.integer)
     weights = solve_weights(network, statistics, options, progress)
     weights = _widened(network, weights, activations)
     described = f"{options.weight_grid} by {options.solver}"
@@ -105,18 +111,26 @@ def solve_weights(
 
 
 def activation_grids(
-    network: Network, statistics: NetworkStatistics, ranges: RangeOptions
+    network: Network, statistics: NetworkStatistics, ranges: RangeOptions, integer: Literal["all", "matrices"] = "all"
 ) -> dict[str, ActivationGrid]:
-    """A grid for each float value and each parameter that is an operand."""
+    """A grid for each float value and each parameter that is an operand; or for those of them that matrices read."""
     if ranges.axis is not None:
         raise CalibrationError("static networks want one grid a value: leave axis out")
     norms = {node.inputs[1] for node in network.nodes if node.op == "layer_norm"}
+    multiplied = {name for node in network.nodes for name in _multiplied(node)}
     found: dict[str, ActivationGrid] = {}
     for group in groups(network):
+        if integer == "matrices" and not multiplied.intersection(group.members):
+            continue
         alone = group.members[0]
         one = _norm_grid(network, alone) if alone in norms else _grid(network, statistics, group, ranges)
         found |= dict.fromkeys(group.members, one)
     return found
+
+
+def _multiplied(node: Operation) -> tuple[str, ...]:
+    """The inputs of a node that its matrix arithmetic reads; a table that it looks up."""
+    return node.inputs[:1] if node.op in (*MATRIX_OPS, "embedding") else node.inputs if node.op == "matmul" else ()
 
 
 def _norm_grid(network: Network, name: str) -> ActivationGrid:
@@ -181,7 +195,7 @@ def _bias_parts(network: Network, activations: Mapping[str, ActivationGrid]) -> 
             float(activations[node.inputs[0]].scale[0]),
         )
         for node in network.nodes
-        if node.op in BIASED_OPS and len(node.inputs) > 2
+        if node.op in BIASED_OPS and len(node.inputs) > 2 and node.inputs[0] in activations
     ]  # fmt: skip
 
 
@@ -205,10 +219,16 @@ def _widened(
     return found
 
 
+def _is_integer(model: QuantizedNetwork, node: Operation) -> bool:
+    """Whether a node's input and weight are both on grids."""
+    weight = node.inputs[1] in model.weights or node.inputs[1] in model.activations
+    return weight and node.inputs[0] in model.activations
+
+
 def _biases(model: QuantizedNetwork) -> dict[str, npt.NDArray[np.int32]]:
     found = {}
     for node in model.network.nodes:
-        if node.op in BIASED_OPS and len(node.inputs) > 2:
+        if node.op in BIASED_OPS and len(node.inputs) > 2 and _is_integer(model, node):
             values = model.network.parameters[node.inputs[2]].astype(np.float64)
             steps = np.rint(values / model.bias_scale(node).astype(np.float64))
             if np.abs(steps).max(initial=0) > np.iinfo(np.int32).max:

@@ -25,7 +25,7 @@ A QuantizedNetwork is the same graph, solved for static integer arithmetic:
 
     weights       of linear and conv2d, per output channel; a convolution's matrix is (out, in/groups · kh · kw)
     activations   one grid for each float value and each float parameter that is an operand (tables, constants, norm
-                  weights): x ≈ scale · (code − zero_point)
+                  weights): x ≈ scale · (code − zero_point). One that is not there stays in float32
     biases        by node, int32, on the scale (input's scale) · (weight's scale of the channel), zero point 0
 """
 
@@ -115,6 +115,13 @@ class QuantizedNetwork:
     def constant(self, name: str) -> Integer:
         """The codes of a parameter that is an operand, on its grid, in its own shape."""
         return self.activations[name].codes(self.network.parameters[name])
+
+    @property
+    def in_float(self) -> tuple[str, ...]:
+        """The nodes whose output stays in float32."""
+        return tuple(
+            n.name for n in self.network.nodes if self.network.is_float(n.name) and n.name not in self.activations
+        )
 
     def weight_scales(self, node: Operation) -> Float:
         """The scales of a node's weight: (out,) of a matrix, (1,) of a norm's vector."""

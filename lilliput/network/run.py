@@ -52,25 +52,22 @@ def evaluate(
 def run_quantized(model: QuantizedNetwork, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The outputs by name, float32, of the solved network."""
     network = model.network
-    values = {name: on_grid(torch.from_numpy(network.parameters[name]), grid) for name, grid in _operands(model)}
+    values = {name: torch.from_numpy(array) for name, array in network.parameters.items()}
+    values |= {name: on_grid(values[name], grid) for name, grid in model.activations.items() if name in values}
     for name, tensor in model.weights.items():
         values[name] = torch.from_numpy(tensor.dequantize()).reshape(network.parameters[name].shape)
     for info in network.inputs:
         grid = model.activations.get(info.name)
         values[info.name] = inputs[info.name] if grid is None else on_grid(inputs[info.name], grid)
     for node in network.nodes:
-        operands = [values.get(name) for name in node.inputs]
+        operands = [values[name] for name in node.inputs]
         if node.name in model.biases:
             scale = torch.from_numpy(model.bias_scale(node))
             operands[2] = torch.from_numpy(model.biases[node.name]).to(torch.float32) * scale
-        found = apply(network, node, [x for x in operands if x is not None])
+        found = apply(network, node, operands)
         grid = model.activations.get(node.name)
         values[node.name] = found if grid is None else on_grid(found, grid)
     return {name: values[name] for name in network.outputs}
-
-
-def _operands(model: QuantizedNetwork) -> list[tuple[str, ActivationGrid]]:
-    return [(name, grid) for name, grid in model.activations.items() if name in model.network.parameters]
 
 
 def on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
