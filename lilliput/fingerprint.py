@@ -27,6 +27,7 @@ DISTRIBUTIONS = {
     "litert_lm_builder": "litert-lm-builder",
     "ai_edge_litert": "ai-edge-litert",
     "onnxruntime_genai": "onnxruntime-genai",
+    "onnxruntime_qnn": "onnxruntime-qnn",
     "jinja2": "Jinja2",
 }
 

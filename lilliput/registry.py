@@ -93,7 +93,12 @@ def _assigns(node: ast.AnnAssign | ast.Assign, attribute: str) -> bool:
 
 def extra_of(package: str) -> str:
     """The extra of lilliput that installs an imported package; "all" where the name tells nothing."""
-    extras = {"onnx": ("onnx", "onnxruntime", "onnxruntime_genai"), "llamacpp": ("llama_cpp",), "data": ("datasets",)}
+    extras = {
+        "onnx": ("onnx", "onnxruntime", "onnxruntime_genai"),
+        "qnn": ("onnxruntime_qnn",),
+        "llamacpp": ("llama_cpp",),
+        "data": ("datasets",),
+    }
     extras["litert"] = ("ai_edge_litert", "flatbuffers", "litert_lm", "litert_lm_builder", "tensorflow")
     return next((extra for extra, packages in extras.items() if package in packages), "all")
 

@@ -1,0 +1,154 @@
+"""The NPU: every operator that the exporter writes is given to QNN's compiler; the others are refused by name.
+
+Without the extra `qnn` these tests are skipped, but for the static check's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+from tiny_networks import cnn_network, encoder_network, images, sentences
+from torch import Tensor, nn
+
+from calibration.clipping import RangeOptions
+from calibration.network_solve import Options, solve
+from calibration.network_statistics import gather
+from exporters.onnx_qdq import NetworkExporter
+from exporters.onnx_qdq import Options as ExporterOptions
+from lilliput.artifact import Artifact
+from lilliput.errors import ArtifactError, RecipeError
+from lilliput.network import QuantizedNetwork
+from lilliput.network.run import run_quantized
+from lilliput.network.trace import trace
+from targets.npu import qnn, soc, static_check
+from targets.runtimes.qnn_npu import NetworkRuntime
+
+MODELS = {"cnn": (cnn_network, images), "encoder": (encoder_network, sentences)}
+with_qnn = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime_qnn") is None, reason="the extra qnn is not installed"
+)
+
+
+class AllElse(nn.Module):
+    """The operators that the other two models lack."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.gelu(x, approximate="tanh").tanh() - x
+        y = torch.nn.functional.avg_pool2d(torch.nn.functional.hardsigmoid(y), 2) / 3.0
+        return (y / (y.relu() + 2.0)).flatten(1)[:, 1:].softmax(-1)
+
+
+def solved(kind: str, dtype: Any) -> QuantizedNetwork:
+    make, samples = MODELS[kind]
+    network = make()
+    return solve(network, gather(network, samples(8)), Options(ranges=RangeOptions(dtype=dtype)))
+
+
+def export(model: QuantizedNetwork, folder: Path) -> Artifact:
+    folder.mkdir(exist_ok=True)
+    return NetworkExporter().export(model, ExporterOptions(), folder)[0]
+
+
+def plant(path: Path) -> None:
+    """Put an operator that no NPU has behind the last value, on that value's grid."""
+    proto = onnx.load(str(path))
+    quantize, dequantize = (
+        next(n for n in reversed(proto.graph.node) if n.op_type == op) for op in ("QuantizeLinear", "DequantizeLinear")
+    )
+    output, grid = dequantize.output[0], quantize.input[1:]
+    dequantize.output[0] = "before"
+    proto.graph.node.extend(
+        [
+            helper.make_node("Sinh", ["before"], ["planted.out"], name="planted"),
+            helper.make_node("QuantizeLinear", ["planted.out", *grid], ["planted.codes"], name="after/quantized"),
+            helper.make_node("DequantizeLinear", ["planted.codes", *grid], [output], name="after/dequantized"),
+        ]
+    )
+    onnx.save_model(proto, str(path))
+
+
+@with_qnn
+@pytest.mark.parametrize(("kind", "dtype"), [("cnn", "uint8"), ("cnn", "uint16"), ("encoder", "uint16")])
+def test_every_node_is_the_npus_and_its_arithmetic_is_near(kind: str, dtype: str, tmp_path: Path) -> None:
+    model = solved(kind, dtype)
+    artifact = export(model, tmp_path)
+    coverage = qnn.place(artifact.path, soc("sm8650"))
+    assert coverage.elsewhere == ()
+    assert coverage.share == 1.0
+    assert coverage.method == "compiled"
+    static = static_check.check(artifact.path, soc("sm8650"))
+    assert static.elsewhere == ()
+    session = NetworkRuntime().open(artifact, 1)
+    (name,) = model.network.outputs
+    batches = MODELS[kind][1](4, seed=2)
+    found = [session.run({key: tensor.numpy() for key, tensor in batch.items()})[name] for batch in batches]
+    wanted = [run_quantized(model, batch)[name].numpy() for batch in batches]
+    exact, error = np.concatenate(wanted), np.concatenate(wanted) - np.concatenate(found)
+    assert (error**2).sum() <= 10**-2.5 * (exact**2).sum()
+
+
+@with_qnn
+def test_the_rest_of_the_operators_are_the_npus_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [{"x": torch.randn(1, 2, 4, 4)} for _ in range(4)]
+    network = trace(AllElse().eval(), batches[0], name="all-else")
+    for dtype in ("uint8", "uint16"):
+        model = solve(network, gather(network, batches), Options(ranges=RangeOptions(dtype=dtype)))  # type: ignore[arg-type]
+        artifact = export(model, tmp_path / dtype)
+        assert qnn.place(artifact.path, soc("sm8650")).elsewhere == ()
+
+
+@with_qnn
+def test_a_planted_operator_is_refused_by_its_name(tmp_path: Path) -> None:
+    artifact = export(solved("cnn", "uint8"), tmp_path)
+    plant(artifact.path)
+    with pytest.raises(ArtifactError, match=r"NPU of sm8650 does not take .*planted \(Sinh\)"):
+        NetworkRuntime().open(artifact, 1)
+    with pytest.raises(ArtifactError, match=r"planted \(Sinh\)"):
+        qnn.compile_context(artifact.path, soc("sm8650"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@with_qnn
+def test_a_context_binary_is_made_for_the_named_chip(tmp_path: Path) -> None:
+    artifact = export(solved("cnn", "uint8"), tmp_path)
+    written = qnn.compile_context(artifact.path, soc("sm8550"), tmp_path)
+    proto = onnx.load(str(tmp_path / qnn.CONTEXT_FILE), load_external_data=False)
+    assert [node.op_type for node in proto.graph.node] == ["EPContext"]
+    assert sum(path.stat().st_size for path in written) > 4096
+    assert [value.name for value in proto.graph.input] == ["image"]
+
+
+def test_the_static_check_names_what_is_in_float_and_what_is_foreign(tmp_path: Path) -> None:
+    artifact = export(solved("cnn", "uint8"), tmp_path)
+    clean = static_check.check(artifact.path, soc("sm8650"))
+    assert (clean.method, clean.elsewhere) == ("static", ())
+    assert "static operator check only" in clean.sentence()
+    plant(artifact.path)
+    found = static_check.check(artifact.path, soc("sm8650"))
+    assert found.on_npu == found.nodes - len(found.elsewhere) < found.nodes
+    assert any("planted (Sinh: operator not known to run there)" in name for name in found.elsewhere)
+    assert "planted" in found.sentence()
+
+
+def test_the_static_check_sees_open_shapes_and_other_files(tmp_path: Path) -> None:
+    artifact = export(solved("cnn", "uint8"), tmp_path)
+    proto = onnx.load(str(artifact.path))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save_model(proto, str(artifact.path))
+    assert any("shape not fixed" in name for name in static_check.check(artifact.path, soc("sm8650")).elsewhere)
+    artifact.path.write_bytes(b"no model")
+    with pytest.raises(ArtifactError, match="not a readable ONNX model"):
+        static_check.check(artifact.path, soc("sm8650"))
+
+
+def test_an_unknown_chip_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"unknown SoC 'sm8560': did you mean 'sm8\d50'\?"):
+        soc("sm8560")
