@@ -130,7 +130,7 @@ class DecoderConfig:
             "qk_norm": self.qk_norm,
             "post_norms": self.post_norms,
             "embedding_scale": self.embedding_scale != 1,
-            "attention_scale": self.attention_scale is not None,
+            "attention_scale": self.score_scale != self.head_dim**-0.5,
             "sliding_window": any(self.windows),
             "attention_softcap": bool(self.attention_softcap),
             "logit_softcap": bool(self.logit_softcap),

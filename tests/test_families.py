@@ -56,6 +56,74 @@ def test_llama_config_fills_in_what_transformers_fills_in() -> None:
     assert (config.num_kv_heads, config.head_dim, config.tied_embeddings) == (4, 16, False)
 
 
+# What config.json of published models says (as far as it is read), their number of parameters, and their features.
+PUBLISHED: dict[str, tuple[dict[str, Any], int, set[str]]] = {
+    "Llama 3.2 1B": (
+        {"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+         "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
+         "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 8192}},
+        1_235_814_400, {"rope_scaling"},
+    ),
+    "Qwen 2.5 0.5B": (
+        {"architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+         "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True, "use_sliding_window": False,
+         "sliding_window": 32768, "max_window_layers": 24},
+        494_032_768, set(),
+    ),
+    "Qwen 3 0.6B": (
+        {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True},
+        596_049_920, {"qk_norm"},
+    ),
+    "Gemma 2 2B": (
+        {"architectures": ["Gemma2ForCausalLM"], "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216,
+         "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+         "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+        2_614_341_888, {"attention_softcap", "logit_softcap", "embedding_scale", "post_norms", "sliding_window"},
+    ),
+    "Gemma 3 270M": (
+        {"architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+         "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 512,
+         "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+         "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3},
+        268_098_176, {"qk_norm", "embedding_scale", "post_norms", "sliding_window", "local_rope"},
+    ),
+    "Phi 3 mini 4k": (
+        {"architectures": ["Phi3ForCausalLM"], "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+         "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "sliding_window": 2047},
+        3_821_079_552, {"sliding_window"},
+    ),
+    "Phi 4 mini": (
+        {"architectures": ["Phi3ForCausalLM"], "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192,
+         "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+         "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
+         "tie_word_embeddings": True, "sliding_window": 262144,
+         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}},
+        3_836_021_760, {"partial_rope", "rope_scaling"},
+    ),
+    "SmolLM 3 3B": (
+        {"architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
+         "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+         "max_position_embeddings": 65536, "rope_theta": 5e6, "no_rope_layers": [1, 1, 1, 0] * 9},
+        3_075_098_624, {"rope_free_layers"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_models_have_the_parameters_that_they_are_said_to_have(model: str) -> None:
+    hf, parameters, features = PUBLISHED[model]
+    config = families.family_of(hf)[1].config(hf)
+    assert sum(math.prod(shape) for shape in config.parameter_shapes().values()) == parameters
+    assert config.features == features
+
+
 @pytest.mark.parametrize("key", llama.REQUIRED)
 def test_llama_names_the_missing_key(key: str) -> None:
     with pytest.raises(SourceError, match=f"config.json has no '{key}'"):

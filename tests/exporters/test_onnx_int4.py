@@ -178,7 +178,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("short", [8, 5])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 def test_two_sequences_at_once_are_each_as_if_alone(tmp_path: Path, kind: str, short: int) -> None:
     """Prompts of 8 and `short` tokens, the shorter padded on the right, then two steps."""
     model = solved(source_of(tmp_path, kind, True), RULES["common"])
