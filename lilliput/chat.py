@@ -11,7 +11,6 @@ token. The same seed gives the same answer.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 from lilliput import lm_bundle, manifest, registry
 from lilliput.errors import ArtifactError, InputError
 from lilliput.grid import Float
+from lilliput.tokenizer_folder import load_tokenizer, stop_tokens
 
 if TYPE_CHECKING:
     from targets.base import Session
@@ -195,18 +195,3 @@ def tokenizer_folder(folder: Path, model_file: Path) -> Iterator[Path]:
                 f"{folder}: no tokenizer.json beside {model_file.name}, so text has no tokens: run again"
             )
         yield Path(scratch)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer from a folder; never from the hub, never with remote code."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-
-def stop_tokens(folder: Path, eos: int | None) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's end of sequence and those of generation_config.json."""
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    listed = named if isinstance(named, list) else [named]
-    return frozenset(int(token) for token in (*listed, eos) if token is not None)

@@ -33,6 +33,7 @@ TRAIN_S = 0.045  # per trained token: forward and backward
 EXPORT_S = 8.0  # once: packing, writing, reading back
 DECODE_S = 0.055  # per decoded token on a runtime
 SPEED_TOKENS = 600  # decoded to measure speed
+ASK_S = 200.0  # a suite of a dozen questions, answered by the float model
 TRACE_S, TOKENIZE_S = 3.0, 2.0  # once, whatever the size
 
 
@@ -67,6 +68,8 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "allocate": 3 * EXPORT_S * billions,  # files whose size is counted
         "trace": TRACE_S,
         "reference": forward,
+        "suites": TOKENIZE_S * len(evaluated.suites),
+        "answers": ASK_S * billions * len(evaluated.suites),
         "dequantized": forward,
         "quantize": SOLVE_S * billions,
         "recover": _training_s(recipe, billions),

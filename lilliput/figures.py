@@ -100,15 +100,20 @@ def metric(name: Metric | str, value: float | None) -> str:
     """A gate's value with its unit."""
     if value is None:
         return NONE
-    if name == "top1_agreement":
+    if is_share(name):
         return percent(value)
     if name not in UNITS and value == int(value):
         return f"{int(value):,}"  # a count
     return f"{number(value)} {UNITS.get(name, '')}".strip()
 
 
+def is_share(name: str) -> bool:
+    """Whether a metric is between 0 and 1, and written in percent."""
+    return name == "top1_agreement" or name.startswith("slice_drop")
+
+
 def limit(gate: GateResult) -> str:
     """A gate's limit as the recipe has it: ≤ 0.15 nats."""
     sign, unit = ("≤" if gate.kind == "max" else "≥"), UNITS.get(gate.name, "")
-    value = f"{100 * gate.limit:g} %" if gate.name == "top1_agreement" else f"{gate.limit:g} {unit}".strip()
+    value = f"{100 * gate.limit:g} %" if is_share(gate.name) else f"{gate.limit:g} {unit}".strip()
     return f"{sign} {value}"

@@ -2,6 +2,7 @@
 
     source ─┬─ evaluation ─┬─ reference ────────────┐
             │       └ coverage (with samples)       │
+            ├─ suites ── answers ───────────────────┤          where the recipe asks questions
             ├─ samples ── statistics ── quantize ───┼─ dequantized ─┐     one of each per distinct set of rules
             └─ trace ─────────────────────┴─ export ┴─ validate ◄───┘     one of each per target
 
@@ -31,6 +32,7 @@ from lilliput.recipe_schema import FLOAT, Budget, Plugin, Recipe, Recover, Rule,
 from lilliput.run import StageKind
 from lilliput.stages import (
     allocate,
+    answers,
     correction,
     coverage,
     dequantized,
@@ -44,10 +46,12 @@ from lilliput.stages import (
     sensitivity,
     source,
     statistics,
+    suites,
     trace,
 )
 from lilliput.stages import validate as validation
 from lilliput.store import key_of
+from lilliput.suites import sha256 as suite_sha256
 from lilliput.texts import EVALUATION_TEXTS, builtin_text, evaluation_text, text_sha256
 
 At = Callable[["Stage"], Path]  # the folder of an earlier stage's result
@@ -84,6 +88,7 @@ class First:
     statistics: Stage | None
     trace: Stage
     reference: Stage
+    asked: tuple[Stage, ...]  # suites and the float model's answers, or nothing
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,13 @@ class Graph:
     priced: tuple[Stage, ...]  # what budgets choose by, where a target has one
     trace: Stage
     reference: Stage
+    asked: tuple[Stage, ...]  # suites and the float model's answers, where the recipe has suites
     targets: tuple[TargetStages, ...]
 
     @property
     def order(self) -> tuple[Stage, ...]:
-        first = [self.source, self.evaluation, self.samples, self.coverage, self.trace, self.reference]
-        first.append(self.statistics)
+        first = [self.source, self.evaluation, *self.asked[:1], self.samples, self.coverage, self.trace]
+        first += [self.reference, *self.asked[1:], self.statistics]
         solutions = [t.solution for t in self.targets]
         solved = [stage for s in solutions for stage in (s.allocate, s.quantize, s.recover, s.dequantized)]
         made = [s for t in self.targets for s in (t.export, t.validate)]
@@ -169,7 +175,8 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
         "reference", "", (loaded, evaluated), (), {},
         lambda at, folder, progress: reference.work(at(loaded), at(evaluated), folder, progress),
     )  # fmt: skip
-    first = First(loaded, evaluated, sampled, gathered, traced, held)
+    asked = _asked(recipe, loaded)
+    first = First(loaded, evaluated, sampled, gathered, traced, held, asked)
     priced = _prices(recipe, first)
     solutions: dict[tuple[str, ...], Solution] = {}
     stages = []
@@ -183,7 +190,7 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
             solution = solutions.setdefault(text, solutions.get(text) or _solution(recipe, rules, wanted, label, first))
         stages.append(_target(target, solution, first, host))
     both = tuple(dict.fromkeys(stage for found in priced.values() for stage in found.stages))
-    return Graph(recipe, loaded, evaluated, sampled, covered, gathered, both, traced, held, tuple(stages))
+    return Graph(recipe, loaded, evaluated, sampled, covered, gathered, both, traced, held, asked, tuple(stages))
 
 
 def source_stage(recipe: Recipe, source_sha256: str) -> Stage:
@@ -199,9 +206,26 @@ def _evaluation(recipe: Recipe, loaded: Stage) -> Stage:
     wanted = recipe.evaluation
     text = wanted.text if wanted.text in EVALUATION_TEXTS else Path(wanted.text)
     return Stage(
-        "evaluation", "", (loaded,), (), {**wanted.model_dump(), "sha256": _text_sha256(wanted.text)},
+        "evaluation", "", (loaded,), (),
+        {**wanted.model_dump(exclude={"suites"}), "sha256": _text_sha256(wanted.text)},
         lambda at, folder, progress: evaluation.work(at(loaded), text, wanted.count, wanted.length, folder, progress),
     )  # fmt: skip
+
+
+def _asked(recipe: Recipe, loaded: Stage) -> tuple[Stage, ...]:
+    """The recipe's suites as questions, and the float model's answers."""
+    names, context = recipe.evaluation.suites, recipe.context
+    if not names:
+        return ()
+    found = Stage(
+        "suites", "", (loaded,), (), {"context": context, "suites": [suite_sha256(name) for name in names]},
+        lambda at, folder, progress: suites.work(at(loaded), names, context, folder, progress),
+    )  # fmt: skip
+    answered = Stage(
+        "answers", "", (loaded, found), (), {"context": context},
+        lambda at, folder, progress: answers.work(at(loaded), at(found), context, folder, progress),
+    )  # fmt: skip
+    return found, answered
 
 
 def _samples(recipe: Recipe, loaded: Stage) -> Stage:
@@ -372,7 +396,9 @@ def _target(target: Target, solution: Solution, first: First, host: str) -> Targ
     plugins.append(registry.module_name("devices", target.device.name))
     wanted = target.model_dump(include={"name", "runtime", "device", "threads", "board"}) | {"host": host}
 
-    inputs = (first.source, solved, traced, first.evaluation, first.reference, solution.dequantized)
+    inputs = (
+        first.source, solved, traced, first.evaluation, first.reference, solution.dequantized, *first.asked,
+    )  # fmt: skip
 
     def work(at: At, folder: Path, progress: Progress) -> None:
         validation.work(at(exported), validation.Held(*map(at, inputs)), target, folder, progress)

@@ -1,4 +1,4 @@
-"""What a recipe can name: solvers, transforms, exporters, runtimes, devices, boards, families, grids; and recipes.
+"""What a recipe can name: solvers, transforms, exporters, runtimes, devices, boards, families, grids, suites; and recipes.
 Exporters and runtimes of networks that are no decoder stand in the same folders.
 
 A folder is a registry: a plugin is a module or package of it that defines (or imports from its own parts) the
@@ -34,7 +34,7 @@ FOLDERS = {
     "network_runtimes": ("targets/runtimes", "NetworkRuntime"),
     "families": ("lilliput/families", "ARCHITECTURES"),
 }
-KINDS = (*FOLDERS, "boards", "grids", "recipes")
+KINDS = (*FOLDERS, "boards", "grids", "recipes", "suites")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def entries(kind: str) -> list[Entry]:
         return _commented(ROOT / "targets" / "boards")
     if kind == "recipes":
         return _commented(recipes_folder())
+    if kind == "suites":
+        return _suites()
     raise InputError(f"unknown kind {kind!r}: {did_you_mean(kind, KINDS)}")
 
 
@@ -125,6 +127,15 @@ def _commented(folder: Path) -> list[Entry]:
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         found.append(Entry(path.stem, first.lstrip("# ").strip() if first.startswith("#") else ""))
     return found
+
+
+def _suites() -> list[Entry]:
+    """A suite's summary is what it holds: its slices."""
+    from lilliput import suites
+
+    loaded = {name: suites.load(name) for name in suites.known()}
+    slices = {name: list(dict.fromkeys(item.slice for item in items)) for name, items in loaded.items()}
+    return [Entry(name, f"{len(items)} items: {', '.join(slices[name])}") for name, items in loaded.items()]
 
 
 def as_json(found: list[Entry]) -> str:

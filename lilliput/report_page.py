@@ -21,12 +21,15 @@ from lilliput.ladder import Step, costliest, steps
 from lilliput.report import Coverage, Report
 from lilliput.report_table import (
     ALLOCATED,
+    SLICES,
     TRIED_COLUMNS,
     allocated_rows,
     budget_line,
+    confidence_line,
     headline,
     reasons,
     shown,
+    slice_rows,
     solve_steps,
     tried,
 )
@@ -89,6 +92,9 @@ def html(report: Report) -> str:
         allocations=[(budget_line(found), allocated_rows(found)) for found in report.allocations],
         facts=_facts(report),
         solve_steps=solve_steps(report),
+        slices=SLICES,
+        slice_rows=slice_rows,
+        confidence_line=confidence_line,
         figures=figures,
     )
 

@@ -8,7 +8,7 @@ from lilliput import figures
 from lilliput.allocated import Allocation, classes, ranges
 from lilliput.ladder import guilty, steps
 from lilliput.report import Coverage, Report, Slice, TriedRung
-from lilliput.results import GateResult, RungName, TargetResult
+from lilliput.results import GateResult, RungName, SuiteFigures, TargetResult
 
 COLUMNS = ("target", "verdict", "size", "decode", "prefill", "TTFT", "peak RSS", "mean KLD", "top-1", "perplexity")
 
@@ -81,6 +81,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield from _table(("target", *RUNGS, "together"), map(_ladder_row, report.targets))
     yield ""
+    for target in report.targets:
+        yield from _slices(target)
     if report.escalation:
         yield "What each rung of the escalation cost, and what it bought:"
         yield ""
@@ -99,6 +101,46 @@ def _lines(report: Report) -> Iterator[str]:
     if notes:
         yield from ("", "What was proven, refused, or kept in float:", "")
         yield from (f"- {note}" for note in notes)
+
+
+SLICES = ("slice", "items", "float model", "artifact", "lost", "95 % interval", "mean KLD")
+
+
+def slice_rows(found: SuiteFigures) -> list[tuple[str, ...]]:
+    """A row for each slice in the columns of SLICES."""
+    return [
+        (
+            s.name,
+            str(s.items),
+            figures.percent(s.float_score),
+            figures.percent(s.score),
+            figures.percent(s.drop),
+            f"{figures.percent(s.drop_interval.low)} to {figures.percent(s.drop_interval.high)}"
+            if s.drop_interval
+            else figures.NONE,
+            figures.number(s.mean_kld),
+        )
+        for s in found.slices
+    ]
+
+
+def confidence_line(found: SuiteFigures) -> str:
+    """How far confidence is from being right, in a sentence; empty where nothing was to choose."""
+    if found.calibration_error is None:
+        return ""
+    ours, theirs = figures.percent(found.calibration_error), figures.percent(found.float_calibration_error)
+    return f"Expected calibration error of the choices: {ours} (float model {theirs})."
+
+
+def _slices(target: TargetResult) -> Iterator[str]:
+    if target.suites is None:
+        return
+    yield f"What {target.name} answers, against the float model: shares of items that are right."
+    yield ""
+    yield from _table(SLICES, slice_rows(target.suites))
+    yield ""
+    if line := confidence_line(target.suites):
+        yield from (line, "")
 
 
 def tried(rungs: Iterable[TriedRung]) -> list[tuple[str, ...]]:

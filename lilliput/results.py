@@ -26,6 +26,7 @@ Metric = Literal[
     "decode_tokens_per_s",
     "decode_ms_p90",
     "peak_rss_mb",
+    "slice_drop",  # of every slice of the recipe's suites: one gate each
 ]
 
 
@@ -143,6 +144,37 @@ class Accuracy(Record):
         return self.perplexity / self.reference_perplexity
 
 
+class Example(Record):
+    """One question, and what the float model and the artifact answer."""
+
+    id: str
+    prompt: str
+    float_answer: str
+    answer: str
+
+
+class SliceFigures(Record):
+    """One kind of task (lilliput.suites), against the float model. Scores 0 to 1; `drop` is what was lost."""
+
+    name: str
+    items: int
+    float_score: float
+    score: float
+    drop: float
+    drop_interval: Interval | None  # paired, over the items; None: a single item has none
+    mean_kld: float  # nats a token along the float model's answers
+    answer_tokens: int
+    lost: tuple[Example, ...] = ()  # some that the float model answered right and the artifact wrong
+
+
+class SuiteFigures(Record):
+    """All slices. The errors are expected calibration errors of the items with choices, 0 to 1."""
+
+    slices: tuple[SliceFigures, ...]
+    float_calibration_error: float | None = None
+    calibration_error: float | None = None
+
+
 class Rung(Record):
     """One rung of the ladder. Both divergences are means over the same `tokens` positions."""
 
@@ -204,6 +236,7 @@ class TargetResult(Record):
     ladder: tuple[Rung, ...]
     gates: tuple[GateResult, ...]
     generation: Generation | None = None
+    suites: SuiteFigures | None = None  # None: the recipe names none, or a note says why
     notes: tuple[str, ...] = ()  # what could not be measured or was refused, by name
 
 

@@ -22,6 +22,8 @@ StageKind = Literal[
     "coverage",
     "trace",
     "reference",
+    "suites",
+    "answers",
     "statistics",
     "sensitivity",
     "correction",

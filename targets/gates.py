@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lilliput.results import Accuracy, Gate, GateResult, Generation, Interval, Latency, Memory, Metric
+from lilliput.results import Accuracy, Gate, GateResult, Generation, Interval, Latency, Memory, Metric, SuiteFigures
 
-Part = Literal["accuracy", "latency", "exact"]  # what a worker measures
+Part = Literal["accuracy", "latency", "exact", "suites"]  # what a worker measures
 
 EXACT_STEP_KLD_MAX = 1e-4
 LATENCY_METRICS: frozenset[Metric] = frozenset(
@@ -47,6 +47,13 @@ class Figures:
     exact_step_kld: float | None
     shipped_step_kld: float | None
     missing: Mapping[Part, str]
+    suites: SuiteFigures | None = None
+
+    def slices(self) -> dict[str, Figure]:
+        """What each slice lost, by its name; one figure that is missing where there are no slices."""
+        if self.suites is None:
+            return {"": Figure(None, missing=self.missing.get("suites", "the recipe's evaluation has no suites"))}
+        return {f" {s.name}": Figure(s.drop, s.drop_interval) for s in self.suites.slices}
 
     def of(self, metric: Metric) -> Figure:
         """The figure that a recipe's gate on that metric is held against."""
@@ -92,14 +99,15 @@ def judge(name: str, kind: Literal["max", "min"], limit: float, figure: Figure) 
 
 
 def judge_all(gates: Sequence[Gate], figures: Figures) -> list[GateResult]:
-    """A recipe's gates in their order."""
+    """A recipe's gates in their order; one on slices is judged for each of them."""
     results = []
     for gate in gates:
-        figure = figures.of(gate.metric)
-        if gate.max is not None:
-            results.append(judge(gate.metric, "max", gate.max, figure))
-        elif gate.min is not None:
-            results.append(judge(gate.metric, "min", gate.min, figure))
+        found = figures.slices() if gate.metric == "slice_drop" else {"": figures.of(gate.metric)}
+        for name, figure in found.items():
+            if gate.max is not None:
+                results.append(judge(f"{gate.metric}{name}", "max", gate.max, figure))
+            elif gate.min is not None:
+                results.append(judge(f"{gate.metric}{name}", "min", gate.min, figure))
     return results
 
 

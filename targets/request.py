@@ -83,7 +83,16 @@ class GenerateTask(Record):
     stop_tokens: tuple[int, ...] = ()
 
 
-Task = Annotated[AccuracyTask | LogitsTask | LatencyTask | GenerateTask, Field(discriminator="kind")]
+class SuiteTask(Record):
+    """Answer questions, held against the float model's answers (targets.answers)."""
+
+    kind: Literal["suite"] = "suite"
+    questions: Path  # .json
+    reference: Path  # the folder of the float model's answers and logits
+    answers_out: Path  # .json
+
+
+Task = Annotated[AccuracyTask | LogitsTask | LatencyTask | GenerateTask | SuiteTask, Field(discriminator="kind")]
 
 
 class Request(Record):
@@ -115,5 +124,6 @@ class Reply(Record):
     logits: Path | None = None  # what a logits task wrote
     latency: LatencyReply | None = None
     generated: tuple[int, ...] | None = None
+    answers: Path | None = None  # what a suite task wrote
     error: str | None = None
     missing: MissingPackage | None = None

@@ -3,7 +3,8 @@
     1. read the weights back from the file (in this process)
     2. accuracy of the exact twin and of the shipped artifact, teacher-forced on the evaluation text (several workers)
     3. speed, memory and a greedy continuation (one worker, alone: its peak memory is the runtime's)
-    4. the ladder and the gates
+    4. the recipe's questions, where it has suites (one worker): each slice against the float model's answers
+    5. the ladder and the gates
 
 A worker that fails, hangs or is killed leaves a note and figures that are missing; their gates are then
 inconclusive. A package that is missing is an error of its own. Per-token figures stay in `folder`:
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from lilliput.artifact import Artifact, sha256
 from lilliput.errors import MeasurementError
 from lilliput.model import QuantizedModel
 from lilliput.progress import Progress, silent
-from lilliput.results import ArtifactFigures, Gate, GateResult, Generation, Rung, TargetResult, worst
-from targets import boards, gates, ladder
+from lilliput.results import ArtifactFigures, Gate, GateResult, Generation, Rung, SuiteFigures, TargetResult, worst
+from lilliput.suites import Item
+from targets import boards, gates, ladder, slices
+from targets.answers import ANSWERS, QUESTIONS, load_answers
 from targets.base import Connection
 from targets.metrics import summarize
 from targets.probe import Probe
@@ -35,6 +38,7 @@ from targets.request import (
     LatencyTask,
     Reply,
     Request,
+    SuiteTask,
 )
 from targets.scoring import Scored, Subject, score
 
@@ -87,6 +91,16 @@ class Smoke:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The recipe's questions: the folders of their tokens and of the float model's answers."""
+
+    items: tuple[Item, ...]
+    questions: Path
+    answers: Path
+    decode: Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True)
 class Protocol:
     """How much is measured. The defaults take about a minute for a 135M model on two cores."""
 
@@ -107,6 +121,8 @@ class _Measured:
     speed: Reply
     speed_missing: str = ""
     untimed: str = ""
+    suites: SuiteFigures | None = None
+    suites_missing: str = ""
 
     @property
     def missing(self) -> dict[gates.Part, str]:
@@ -114,6 +130,7 @@ class _Measured:
             "accuracy": self.shipped.missing,
             "exact": self.exact.missing,
             "latency": self.speed_missing or self.untimed,
+            "suites": self.suites_missing,
         }
         return {part: why for part, why in reasons.items() if why}
 
@@ -126,6 +143,7 @@ def validate(
     limits: Sequence[Gate],
     folder: Path,
     protocol: Protocol = Protocol(),
+    asked: Asked | None = None,
     progress: Progress = silent,
 ) -> TargetResult:
     """All figures and the verdict of one target; `folder` exists and takes the per-token figures.
@@ -141,7 +159,11 @@ def validate(
         (references.float_model, references.dequantized),
         folder / "read_back",
     )
-    measured = _measure(candidate, place, seen, references, smoke, folder, protocol, progress)
+    first = progress if asked is None else _share(progress, 0, 80)
+    measured = _measure(candidate, place, seen, references, smoke, folder, protocol, first)
+    if asked is not None:
+        threads = place.threads or seen.host.cores
+        measured = _questioned(measured, candidate, place, threads, asked, folder, _share(progress, 80, 100))
     dequantized = references.dequantized.metrics()
     rungs = (
         *ladder.first_rungs(dequantized),
@@ -198,6 +220,33 @@ def _measure(
         return _Measured(scored["shipped"], exact, place.at.run(request, _share(progress, 95, 100)), untimed=untimed)
     except MeasurementError as error:
         return _Measured(scored["shipped"], exact, Reply(), str(error))
+
+
+def _questioned(
+    measured: _Measured,
+    candidate: Candidate,
+    place: Place,
+    threads: int,
+    asked: Asked,
+    folder: Path,
+    progress: Progress,
+) -> _Measured:
+    """With what the artifact answers."""
+    task = SuiteTask(
+        questions=(asked.questions / QUESTIONS).resolve(),
+        reference=asked.answers.resolve(),
+        answers_out=(folder / ANSWERS).resolve(),
+    )
+    request = Request(
+        artifact=ArtifactReference.of(candidate.artifact), runtime=place.runtime, threads=threads, tasks=(task,)
+    )
+    try:
+        reply = place.at.run(request, progress)
+    except MeasurementError as error:
+        return replace(measured, suites_missing=str(error))
+    assert reply.answers is not None
+    wanted, found = load_answers(asked.answers / ANSWERS), load_answers(reply.answers)
+    return replace(measured, suites=slices.figures(asked.items, wanted, found, asked.decode))
 
 
 def _share(progress: Progress, start: int, end: int) -> Progress:
@@ -276,6 +325,7 @@ def _result(
         ladder=rungs,
         gates=results,
         generation=generation,
+        suites=figures.suites,
         notes=(
             *candidate.artifact.notes,
             *_notes(measured, figures),
@@ -303,6 +353,7 @@ def _figures(artifact: Artifact, measured: _Measured) -> gates.Figures:
         exact_step_kld=exact.mean_step_kld if exact else None,
         shipped_step_kld=shipped.mean_step_kld if shipped else None,
         missing=measured.missing,
+        suites=measured.suites,
     )
 
 

@@ -33,6 +33,7 @@ from targets.request import (
     MissingPackage,
     Reply,
     Request,
+    SuiteTask,
     Task,
 )
 
@@ -82,7 +83,7 @@ class _Work:
 
     def do(self, task: Task, reply: Reply, threads: int) -> Reply:
         """The reply with what the task found."""
-        from targets import accuracy, measure
+        from targets import accuracy, answers, measure
 
         if isinstance(task, LatencyTask):
             self.close()
@@ -95,6 +96,11 @@ class _Work:
         if isinstance(task, LogitsTask):
             accuracy.record(self._session, task, self._progress)
             return reply.model_copy(update={"logits": task.logits_out})
+        if isinstance(task, SuiteTask):
+            questions = answers.load_questions(task.questions)
+            answered = answers.compare_all(self._session, questions, task.reference, self._progress)
+            answers.save_answers(answered, task.answers_out)
+            return reply.model_copy(update={"answers": task.answers_out})
         assert isinstance(task, GenerateTask)
         return reply.model_copy(update={"generated": generate(self._session, task)})
 

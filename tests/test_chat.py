@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lilliput import cli, terminal
-from lilliput.chat import Conversation, Sampler, load_tokenizer, open_chat, stop_tokens, tokenizer_folder
+from lilliput.chat import Conversation, Sampler, open_chat, tokenizer_folder
 from lilliput.errors import ArtifactError, InputError
 from lilliput.grid import Float
 from lilliput.model import QuantizedModel
+from lilliput.tokenizer_folder import load_tokenizer, stop_tokens
 
 CHATML = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lilliput.model import QuantizedModel
     from targets.base import Device
     from targets.gates import Figures, Part
-    from targets.validate import Smoke
+    from targets.validate import Asked, Smoke
 
 RESULT = "result.json"
 QUESTION = "What is the capital of France?"  # to a model with a chat template
@@ -50,6 +50,8 @@ class Held:
     evaluation: Path
     reference: Path
     dequantized: Path
+    suites: Path | None = None  # with answers: the questions of the recipe's suites, and the float model's answers
+    answers: Path | None = None
 
 
 def work(exported: Path, held: Held, target: Target, folder: Path, progress: Progress) -> None:
@@ -75,9 +77,26 @@ def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progre
     try:
         with closing(device.open(options)) as connection:
             place = Place(target.runtime.name, target.device.url, connection, target.threads, target.board)
-            return validate(candidate, place, references, _smoke(held, artifact), (), folder, progress=progress)
+            smoke, asked = _smoke(held, artifact), _asked(held)
+            return validate(candidate, place, references, smoke, (), folder, asked=asked, progress=progress)
     finally:
         shutil.rmtree(folder / "exact", ignore_errors=True)
+
+
+def _asked(held: Held) -> Asked | None:
+    """What the recipe's suites ask."""
+    from lilliput.stages.suites import items_in
+    from lilliput.tokenizer_folder import load_tokenizer
+    from targets.validate import Asked
+
+    if held.suites is None or held.answers is None:
+        return None
+    tokenizer = load_tokenizer(held.quantized / "tokenizer")
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return Asked(items_in(held.suites), held.suites, held.answers, decode)
 
 
 def device_of(plugin: Plugin) -> tuple[Device, BaseModel]:
@@ -154,13 +173,14 @@ def _figures(result: TargetResult) -> Figures:
     from targets.gates import Figures
 
     steps = {rung.rung: rung.step_kld for rung in result.ladder}
-    parts: tuple[Part, ...] = ("accuracy", "latency", "exact")
+    parts: tuple[Part, ...] = ("accuracy", "latency", "exact", "suites")
     notes = {part: note.removeprefix(f"{part}: ") for part in parts for note in result.notes if note.startswith(part)}
     return Figures(
         accuracy=result.accuracy,
         latency=result.latency,
         memory=result.memory,
         size_bytes=result.artifact.size_bytes,
+        suites=result.suites,
         exact_step_kld=steps.get("exact"),
         shipped_step_kld=steps.get("shipped"),
         missing=notes,

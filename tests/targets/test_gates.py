@@ -16,6 +16,8 @@ from lilliput.results import (
     Latency,
     Memory,
     Metric,
+    SliceFigures,
+    SuiteFigures,
     Verdict,
     worst,
 )
@@ -40,9 +42,14 @@ ACCURACY = Accuracy(
     mean_kld_interval=Interval(low=0.08, high=0.12), top1_agreement_interval=Interval(low=0.83, high=0.87),
     perplexity_ratio_interval=Interval(low=1.05, high=1.15),
 )  # fmt: skip
+SLICE = SliceFigures(
+    name="json", items=20, float_score=0.8, score=0.7, drop=0.1, drop_interval=Interval(low=0.0, high=0.2),
+    mean_kld=0.1, answer_tokens=400,
+)  # fmt: skip
+SUITES = SuiteFigures(slices=(SLICE, SLICE.model_copy(update={"name": "tools", "drop_interval": None})))
 FIGURES = Figures(
     accuracy=ACCURACY, latency=LATENCY, memory=Memory(peak_rss_bytes=300_000_000, baseline_rss_bytes=50_000_000),
-    size_bytes=92_000_000, exact_step_kld=1e-6, shipped_step_kld=1e-3, missing={},
+    size_bytes=92_000_000, exact_step_kld=1e-6, shipped_step_kld=1e-3, missing={}, suites=SUITES,
 )  # fmt: skip
 NOTHING = Figures(
     accuracy=None, latency=None, memory=None, size_bytes=1, exact_step_kld=None, shipped_step_kld=None,
@@ -139,3 +146,8 @@ def test_the_worst_verdict_counts() -> None:
     assert worst(["PASS", "INCONCLUSIVE"]) == "INCONCLUSIVE"
     assert worst(["PASS", "PASS"]) == "PASS"
     assert worst([]) == "INCONCLUSIVE"
+
+
+def test_a_gate_on_slices_judges_each_by_its_own_interval() -> None:
+    results = judge_all([Gate(metric="slice_drop", max=0.15)], FIGURES)
+    assert [(r.name, r.verdict) for r in results] == [("slice_drop json", "INCONCLUSIVE"), ("slice_drop tools", "PASS")]
