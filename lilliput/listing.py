@@ -1,4 +1,4 @@
-"""What a recipe can name: solvers, transforms, exporters, runtimes, devices, boards, families, grids, suites; and recipes.
+"""What a recipe can name: solvers, transforms, exporters, runtimes, devices, boards, families, grids, suites, recipes.
 Exporters and runtimes of networks that are no decoder stand in the same folders.
 
 A folder is a registry: a plugin is a module or package of it that defines (or imports from its own parts) the

@@ -37,7 +37,7 @@ from lilliput.progress import Progress, silent
 from targets import accuracy, outcome
 from targets.probe import Probe
 from targets.process import Ended, Limits, follow, kill_group
-from targets.request import AccuracyTask, LogitsTask, Reply, Request
+from targets.request import AccuracyTask, LogitsTask, Reply, Request, SuiteTask
 
 GUARDIAN = """
 trap '' HUP PIPE
@@ -118,6 +118,7 @@ class _Asked:
     folder: PurePosixPath
     pid_file: PurePosixPath
     logits: Mapping[int, AccuracyTask]  # task number → what was asked for here
+    answers: Mapping[int, SuiteTask]
 
 
 class FarConnection:
@@ -233,7 +234,7 @@ class FarConnection:
         folder, pid_file = self._folder / str(number), self._folder / f"{number}.pid"
         artifact = request.artifact
         lies = self._push(artifact.folder, _model_files(artifact.folder, artifact.main_file, artifact.exporter))
-        tasks, logits = [], {}
+        tasks, logits, answers = [], {}, {}
         for i, task in enumerate(request.tasks):
             if isinstance(task, AccuracyTask):
                 logits[i] = task
@@ -244,9 +245,17 @@ class FarConnection:
                     chunks=task.chunks,
                     logits_out=Path(folder / f"logits-{i}.npy"),
                 )
+            if isinstance(task, SuiteTask):
+                answers[i] = task
+                task = SuiteTask(
+                    questions=Path(self.push(task.questions)),
+                    reference=Path(self.push(task.reference)),
+                    answers_out=Path(folder / f"answers-{i}.json"),
+                )
             tasks.append(task)
         there = artifact.model_copy(update={"folder": Path(lies)})
-        return _Asked(request.model_copy(update={"artifact": there, "tasks": tuple(tasks)}), folder, pid_file, logits)
+        sent = request.model_copy(update={"artifact": there, "tasks": tuple(tasks)})
+        return _Asked(sent, folder, pid_file, logits, answers)
 
     def _run(self, asked: _Asked, progress: Progress) -> Reply:
         with tempfile.TemporaryDirectory(dir=self._scratch.name) as name:
@@ -284,7 +293,10 @@ class FarConnection:
         return Reply.model_validate_json(here.read_bytes())
 
     def _taken(self, asked: _Asked, reply: Reply) -> Reply:
-        """The reply with figures in place of logits."""
+        """The reply with figures in place of logits, and with answers that lie here."""
+        for i, suite in asked.answers.items():
+            self.pull(asked.folder / f"answers-{i}.json", suite.answers_out)
+            reply = reply.model_copy(update={"answers": suite.answers_out})
         for i, task in asked.logits.items():
             with tempfile.TemporaryDirectory(dir=self._scratch.name) as name:
                 here = Path(name) / "logits.npy"

@@ -21,13 +21,17 @@ from loopback_sshd import Board, free_port, loopback
 from pydantic import ValidationError
 from tiny_setting import Setting
 
+from lilliput import decoder
 from lilliput.artifact import Artifact
 from lilliput.errors import MeasurementError, MissingPackageError, RecipeError
+from lilliput.progress import silent
 from lilliput.recipe_schema import Target
 from lilliput.registry import options
+from targets.answers import QUESTIONS, Question, answer_all, load_answers, save_questions
 from targets.devices import host, ssh
 from targets.far import FarConnection
-from targets.request import ArtifactReference, GenerateTask, Request
+from targets.request import ArtifactReference, GenerateTask, Request, SuiteTask
+from targets.runtimes.torch_cpu import TorchSession
 from targets.validate import Candidate, Place, Protocol, References, Smoke, validate
 
 BOUND_S = 60.0  # of every fault; most take a second or two on an idle machine
@@ -299,3 +303,22 @@ def test_the_address_is_wanted_and_a_url_is_short_for_it() -> None:
     assert found.address == "pi@board:2222"
     with pytest.raises(ValidationError, match="unknown device 'telnet'"):
         Target.model_validate(made | {"device": "telnet://board"})
+
+
+def test_questions_are_answered_there_as_here(setting: Setting, board: Board, there: Path, tmp_path: Path) -> None:
+    asked = (Question(id="open", prompt=(5, 9, 200), max_tokens=6, stop_tokens=(1,)),)
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    save_questions(asked, reference)
+    answer_all(TorchSession(decoder.build(setting.source), 64), asked, reference)
+    found = []
+    with closing(connect(board, there)) as far:
+        for where in (host.Device().open(host.Options()), far):
+            out = tmp_path / f"{len(found)}.json"
+            task = SuiteTask(questions=reference / QUESTIONS, reference=reference, answers_out=out)
+            artifact = ArtifactReference.of(setting.artifact)
+            reply = where.run(Request(artifact=artifact, runtime="torch_cpu", threads=1, tasks=(task,)), silent)
+            assert reply.answers == out
+            found.append(load_answers(out))
+    assert found[0] == found[1]
+    assert found[0][0].mean_kld is not None
