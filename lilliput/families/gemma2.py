@@ -1,7 +1,6 @@
-"""Gemma 2: as Gemma 3, with soft caps of scores and logits in place of norms of q and k, a window in every other layer,
-and one rotary base.
+"""Gemma 2: as Gemma 3, with soft caps in place of norms of q and k, and a window in every other layer.
 
-Weight names as in transformers' Gemma2ForCausalLM, which stores the weights of norms less 1.
+It has one rotary base. Weight names as in transformers' Gemma2ForCausalLM, which stores the weights of norms less 1.
 """
 
 from __future__ import annotations

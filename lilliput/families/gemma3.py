@@ -1,8 +1,8 @@
-"""Gemma 3, text: norms before and behind attention and MLP, of q and k too; windows in five layers of six, with a
-rotary base of their own; an embedding times sqrt(hidden); a GELU-gated MLP; one KV head in the small ones.
+"""Gemma 3, text: norms before and behind attention and MLP, of q and k too; windows in five layers of six.
 
-Weight names as in transformers' Gemma3ForCausalLM, which stores the weights of norms less 1. Its attention passes
-over attn_logit_softcapping, so that is refused; final_logit_softcapping is not.
+Layers with a window have a rotary base of their own; the embedding is multiplied by sqrt(hidden); the MLP is gated by
+GELU; small ones have one KV head. Weight names as in transformers' Gemma3ForCausalLM, which stores the weights of norms
+less 1. Its attention passes over attn_logit_softcapping, so that is refused; final_logit_softcapping is not.
 """
 
 from __future__ import annotations
