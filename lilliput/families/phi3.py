@@ -1,7 +1,7 @@
 """Phi 3, 3.5 and Phi 4 mini: a Llama of stacked matrices, whose heads may rotate in part, with long RoPE.
 
-Weight names as in transformers' Phi3ForCausalLM. q, k, v lie in one matrix and gate, up in another; they are taken apart
-here: rows of q, then k, then v; rows of gate, then up.
+Weight names as in transformers' Phi3ForCausalLM. q, k, v lie in one matrix and gate, up in another; they are taken
+apart here: rows of q, then k, then v; rows of gate, then up.
 """
 
 from __future__ import annotations
