@@ -67,8 +67,8 @@ class Exporter:
         proto = graph.build(model.config, fused, parameters, level, exact=exact)
         grids = {name: tensor.spec for name, tensor in model.quantized.items()}
         container.write(proto, container.Metadata(model.config, grids, fused.stacks, context), folder / MAIN_FILE)
-        genai.write(model, context, MAIN_FILE, folder)
-        return Artifact(folder, "onnx_int4", MAIN_FILE, context, prefill=0)
+        notes = genai.write(model, context, MAIN_FILE, folder)
+        return Artifact(folder, "onnx_int4", MAIN_FILE, context, prefill=0, notes=notes)
 
     def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
         from exporters.onnx_int4 import container

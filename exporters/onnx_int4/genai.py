@@ -9,7 +9,8 @@ The type "decoder" is its name for a plain decoder-only model, whatever the fami
 The client reads tokenizer.json with code of its own (onnxruntime-extensions 0.18), whose `Digits` step leaves
 numerals other than decimal digits (½, ², Ⅷ) joined to a space before them, while tokenizers takes them apart. The copy
 in the folder says the same in plain patterns, which both read alike: \\p{N} is Rust's `char::is_numeric`, and
-BYTE_LEVEL is the pattern that tokenizers' `ByteLevel` itself applies (its pre_tokenizers/byte_level.rs).
+BYTE_LEVEL is the pattern that tokenizers' `ByteLevel` itself applies (its pre_tokenizers/byte_level.rs). It passes over
+a normalizer NFC (Qwen's): `write` gives a note that says so.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+NOT_COMPOSED = (
+    "onnxruntime-genai's tokenizer does not compose characters (NFC) as the model's own does: text that writes é as e "
+    "and a combining accent becomes other tokens there, give it composed text"
+)
 # No memory pattern: ONNX Runtime makes one for every new input shape, and the mask widens at each step.
 SESSION_OPTIONS = {"log_id": "onnxruntime-genai", "provider_options": [], "enable_mem_pattern": False}
 NAMES = {
@@ -46,8 +51,8 @@ NAMES = {
 }
 
 
-def write(model: QuantizedModel, context: int, main_file: str, folder: Path) -> None:
-    """Write genai_config.json and copy the tokenizer's files into `folder`."""
+def write(model: QuantizedModel, context: int, main_file: str, folder: Path) -> tuple[str, ...]:
+    """Write genai_config.json and copy the tokenizer's files into `folder`; what is to say of them."""
     for name in TOKENIZER_FILES:
         if (model.tokenizer / name).is_file():
             shutil.copyfile(model.tokenizer / name, folder / name)
@@ -56,6 +61,12 @@ def write(model: QuantizedModel, context: int, main_file: str, folder: Path) -> 
     _spell_out_digits(folder / "tokenizer.json")
     text = {"model": _model(model, context, main_file), "search": _search(context)}
     (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n")
+    return (NOT_COMPOSED,) if _composes(_json(folder / "tokenizer.json").get("normalizer")) else ()
+
+
+def _composes(normalizer: dict[str, Any] | None) -> bool:
+    steps = (normalizer or {}).get("normalizers", [normalizer or {}])
+    return any(step.get("type") == "NFC" for step in steps)
 
 
 def _spell_out_digits(path: Path) -> None:

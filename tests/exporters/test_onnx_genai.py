@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as genai
@@ -66,3 +68,26 @@ def test_tokenizes_as_the_source_does(artifact: Artifact) -> None:
     ours = genai.Tokenizer(genai.Model(str(artifact.folder)))
     theirs = AutoTokenizer.from_pretrained(artifact.folder)
     assert [text for text in TEXTS if [int(i) for i in ours.encode(text)] != theirs.encode(text)] == []
+
+
+def test_text_that_its_tokenizer_does_not_compose_is_noted(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, normalizers
+
+    model = tiny_quantized_model(tmp_path, "qwen2")
+    path = model.tokenizer / "tokenizer.json"
+    own = Tokenizer.from_file(str(path))
+    own.normalizer = normalizers.NFC()
+    own.save(str(path))
+    with torch.device("meta"):
+        traced = trace(Decoder(model.config), CONTEXT, 8)
+    (tmp_path / "out").mkdir()
+    artifact = Exporter().export(model, traced, Options(), tmp_path / "out")
+    ours = genai.Tokenizer(genai.Model(str(artifact.folder)))
+    differing = [text for text in TEXTS if [int(i) for i in ours.encode(text)] != own.encode(text).ids]
+    assert differing == [text for text in TEXTS if unicodedata.normalize("NFC", text) != text]
+    assert differing
+    assert "does not compose characters (NFC)" in artifact.notes[0]
+
+
+def test_other_tokenizers_have_no_note(artifact: Artifact) -> None:
+    assert artifact.notes == ()
