@@ -4,6 +4,9 @@ Rules are shell patterns over parameter names, the first that matches wins (lill
 Norms, biases and learned positions stay in float, and so does what a rule keeps so; provenance names the
 latter. A tied embedding is one parameter: lookup and head get the same codes.
 
+Solver passthrough takes the codes that a quantized source holds (calibration.passthrough); what any other loses of such
+a matrix is measured, and is among the model's steps.
+
 A rule's transforms come first, for all matrices (calibration.chain). Matrices do not depend on each other then: as
 many are solved at once as torch has threads (calibration.parallel).
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from calibration import passthrough
 from calibration.base import InputStatistics, Solver, SolverOptions
 from calibration.chain import MatrixErrors, errors_of, prepare, steps_of
 from calibration.parallel import in_parallel
@@ -20,9 +24,9 @@ from calibration.statistics import Statistics
 from lilliput import registry
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float, QuantizedTensor, grid
-from lilliput.model import QuantizedModel, SourceModel, role_of
+from lilliput.model import QuantizedModel, SolveStep, SourceModel, role_of
 from lilliput.progress import Progress, silent
-from lilliput.recipe_schema import FLOAT, Rule, assign
+from lilliput.recipe_schema import FLOAT, PASSTHROUGH, Rule, assign
 
 Solve = Callable[[Float, InputStatistics | None], QuantizedTensor]
 
@@ -40,21 +44,27 @@ def solve(
     solvers = {id(rule): _solver(rule, statistics) for rule in _distinct(assigned) if rule.grid != FLOAT}
     prepared = prepare(source, assigned, statistics)
 
-    def one(name: str) -> tuple[str, QuantizedTensor, MatrixErrors | None]:
-        tensor = solvers[id(assigned[name])](prepared.weights[name], prepared.statistics.get(name))
+    def one(name: str) -> tuple[str, QuantizedTensor, MatrixErrors | None, SolveStep | None]:
+        rule, weight = assigned[name], prepared.weights[name]
+        if rule.solver.name == PASSTHROUGH:
+            return name, passthrough.keep(source, name, grid(rule.grid), weight), None, None
+        tensor = solvers[id(rule)](weight, prepared.statistics.get(name))
         tensor.check(name)
-        return name, tensor, errors_of(name, assigned[name], prepared, tensor)
+        lost = passthrough.cost(source, name, weight, tensor)
+        return name, tensor, errors_of(name, rule, prepared, tensor), lost
 
     names = [name for name, rule in assigned.items() if rule.grid != FLOAT]
     quantized: dict[str, QuantizedTensor] = {}
     errors: dict[str, MatrixErrors] = {}
-    for name, tensor, found in in_parallel(one, names):
+    requantized: list[SolveStep] = []
+    for name, tensor, found, lost in in_parallel(one, names):
         quantized[name] = tensor
         errors |= {name: found} if found else {}
+        requantized += [lost] if lost else []
         progress(len(quantized), len(names))
     floats = {name: prepared.weights[name] for name in source.config.parameter_shapes() if name not in quantized}
     provenance = provenance_of(source, assigned, statistics, prepared.unfolded)
-    steps = steps_of(assigned, errors)
+    steps = (*steps_of(assigned, errors), *requantized)
     return QuantizedModel(source.name, source.config, quantized, floats, source.tokenizer, provenance, steps)
 
 

@@ -47,9 +47,18 @@ def source_facts(recipe: Recipe, source: Path) -> SourceFacts:
 
 
 def proofs(source: Path) -> tuple[str, ...]:
-    """What was proven of tokenizer and decoder when the source was loaded, in a sentence each."""
+    """What was proven of tokenizer and decoder when the source was loaded, and which of its codes no grid holds, in a
+    sentence each."""
     found = json.loads((source / "source.json").read_text(encoding="utf-8"))
-    return tuple(found[key] for key in ("tokenizer_parity", "decoder_proof") if found.get(key))
+    sentences = [found[key] for key in ("tokenizer_parity", "decoder_proof") if found.get(key)]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.get("not_passed", {}).items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        sentences.append(
+            f"the source's codes of {len(names)} matrices ({names[0]} first) lie on no grid here: {reason}"
+        )
+    return tuple(sentences)
 
 
 def calibration_facts(samples: Path) -> TextFacts:

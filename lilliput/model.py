@@ -316,12 +316,15 @@ class SolveStep:
     """What one step of a rule's solvers left: E|D x|² / E|W x|² over its matrices, D what rounding changed.
 
     Steps go in order: plain rounding to nearest (`rtn`), each transform with plain rounding after it, the solver.
+    A matrix that the source held quantized and that was quantized anew has a step of its own, `re-quantized`, by its
+    name: |W - W'|² / |W|², W the source's values.
     """
 
     match: str  # the rule's pattern
     grid: str
     step: str
     relative_error: float
+    source_grid: str | None = None  # of a re-quantized matrix: the source's
 
 
 @dataclass(frozen=True, eq=False)

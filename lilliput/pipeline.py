@@ -177,10 +177,16 @@ def _classes(graph: Graph, stages: TargetStages, work: Work) -> tuple[TensorClas
 
 
 def _steps(graph: Graph, work: Work) -> tuple[StepLoss, ...]:
-    """Of every distinct set of rules, each step once. A budget has a rule a matrix: its table is the allocation's."""
-    solutions = [stages.solution for stages in graph.targets if stages.solution.allocate is None]
-    folders = dict.fromkeys(work.folder(solution.quantize) for solution in solutions)
-    return tuple(dict.fromkeys(step for folder in folders for step in facts.solve_steps(folder)))
+    """Of every distinct set of rules, each step once; what re-quantizing cost of every solution. A budget has a rule a
+    matrix: its table is the allocation's."""
+    solutions = {work.folder(stages.solution.quantize): stages.solution for stages in graph.targets}
+    found = [
+        step
+        for folder, solution in solutions.items()
+        for step in facts.solve_steps(folder)
+        if step.source_grid is not None or solution.allocate is None
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def _publish(plan: Plan, graph: Graph, stages: TargetStages, result: TargetResult, made: Report, work: Work) -> None:

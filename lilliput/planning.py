@@ -14,14 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lilliput import graph as graphs
-from lilliput import output, registry
+from lilliput import output, registry, source_grids
 from lilliput.artifact import sha256
 from lilliput.errors import ExportError, MissingPackageError, RecipeError, did_you_mean
 from lilliput.estimate import artifact_bytes, budget_bytes, estimate
 from lilliput.graph import Graph, Stage, TargetStages
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import FLOAT, MEGA, Budget, ModelSpec, Recipe, Rule, Target, assign, parameter_count
+from lilliput.recipe_schema import (
+    FLOAT,
+    MEGA,
+    PASSTHROUGH,
+    Budget,
+    ModelSpec,
+    Recipe,
+    Rule,
+    Target,
+    assign,
+    parameter_count,
+)
 from lilliput.run import Plan, PlannedStage, PlannedTarget
 from lilliput.stages import validate
 from lilliput.store import Store, default_root
@@ -45,6 +56,7 @@ def plan(recipe: Recipe, out: Path, targets: Sequence[str] = (), model: str | No
         _check_runtime(target)
     store = Store(default_root())
     digest, host = source_sha256(recipe.model), host_of(recipe)
+    recipe = _with_source_grids(recipe, store, digest)
     graph = graphs.build(recipe, digest, host)
     cached = {stage.name: not fresh and store.find(stage.kind, stage.key) is not None for stage in graph.order}
     config = _config(recipe.model, store, graph.source)
@@ -126,6 +138,26 @@ def _config(spec: ModelSpec, store: Store, source: Stage) -> DecoderConfig:
     return open_original(path, allow_pickle=spec.allow_pickle, allow_remote_code=spec.allow_remote_code).config
 
 
+def _with_source_grids(recipe: Recipe, store: Store, digest: str) -> Recipe:
+    """`quantize: source` as rules, and every rule that takes the source's codes held against them."""
+    if not source_grids.asked(recipe):
+        return recipe
+    spec, source = recipe.model, graphs.source_stage(recipe, digest)
+    config, folder = _config(spec, store, source), store.find(source.kind, source.key)
+    if folder:
+        held = source_grids.of_stage(folder)
+    else:
+        from lilliput.source import resolve
+
+        path = resolve(spec.source, allow_pickle=spec.allow_pickle)
+        held = source_grids.of_original(path, allow_pickle=spec.allow_pickle, allow_remote_code=spec.allow_remote_code)
+    found = source_grids.resolved(recipe, held, config)
+    for rules in map(found.quantize_of, found.targets):
+        if not isinstance(rules, Budget):
+            source_grids.check(assign(rules, config), held)
+    return found
+
+
 def _check_sizes(recipe: Recipe, config: DecoderConfig) -> None:
     lengths = {"context": recipe.context, "evaluation.length": recipe.evaluation.length}
     lengths["calibration.length"] = recipe.calibration.length
@@ -171,6 +203,10 @@ def check_target(stages: TargetStages, config: DecoderConfig) -> None:
 def _check_budget(target: Target, budget: Budget, config: DecoderConfig) -> None:
     """Raise RecipeError for a budget below what the smallest grids take, whatever else the file holds."""
     registry.options("solvers", budget.solver.name, budget.solver.options)
+    if budget.solver.name == PASSTHROUGH:
+        raise RecipeError(
+            f"target {target.name!r}: {PASSTHROUGH} chooses no codes that a budget could compare grids by"
+        )
     exporter: Exporter = registry.load("exporters", target.exporter.name)()
     shapes = {n: (s[0], s[1]) for n, s in config.parameter_shapes().items() if role_of(n) != "vector"}
     least, weights = 0.0, 0

@@ -26,6 +26,7 @@ from lilliput.recipe_schema import (
     Budget,
     Calibration,
     Evaluation,
+    FromSource,
     ModelSpec,
     Plugin,
     Recipe,
@@ -168,7 +169,7 @@ def _keys_beside(path: Path_) -> list[str]:
     """The keys that are known where an unknown one stands."""
     sections = [SECTIONS[p] for p in path[:-1] if isinstance(p, str) and p in SECTIONS]
     if path[-2:-1] == ("quantize",):
-        return [*Budget.model_fields, *(Auto.model_fields if len(path) == 2 else ())]
+        return [*Budget.model_fields, *FromSource.model_fields, *(Auto.model_fields if len(path) == 2 else ())]
     return list((sections[-1] if sections else Recipe).model_fields)
 
 

@@ -23,6 +23,9 @@ predicted loss; `{bits_per_weight: 4.5}` counts the bits of all matrices instead
 `quantize: auto` climbs a ladder from the cheapest, each target until its accuracy gates pass; `{auto: [rtn, awq]}`
 names the rungs (lilliput.escalation).
 
+`quantize: source` keeps the grids and codes of a quantized source (lilliput.source_grids); `{keep: source, otherwise:
+int4-b32}` quantizes anew, by other rules, what the target's format cannot hold so.
+
 `quantize: int4-b32` is short for three rules: GPTQ on that grid for every linear layer; RTN on int8-channel for
 embedding and head below a billion parameters; RTN on the same grid for them from there on. A solver, exporter,
 runtime or device is a name, or a mapping of `name` and its options; `device: ssh://pi@board` has its address.
@@ -33,7 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -58,6 +61,7 @@ from lilliput.results import Gate
 
 MEGA, BILLION = 1_000_000, 1_000_000_000
 FLOAT = "float32"  # the rule's grid that keeps a matrix as it is
+PASSTHROUGH = "passthrough"  # the solver that takes the source's codes
 
 
 class Strict(BaseModel):
@@ -334,6 +338,13 @@ class Budget(Strict):
         return None if self.budget_mb is None else round(self.budget_mb * MEGA)
 
 
+class FromSource(Strict):
+    """The source's own grids and codes; `otherwise` are the rules for matrices that cannot keep them."""
+
+    keep: Literal["source"] = "source"
+    otherwise: Rules | None = None
+
+
 RungName = Literal["rtn", "gptq", "awq", "mixed", "qat"]
 LADDER: tuple[RungName, ...] = ("rtn", "gptq", "mixed", "qat")
 
@@ -353,22 +364,30 @@ class Auto(Strict):
         return self
 
 
-QUANTIZE_TAGS = ("rules", "budget", "auto")  # in pydantic's error locations
+QUANTIZE_TAGS = ("rules", "budget", "source", "auto")  # in pydantic's error locations
 
 
-def _quantize_tag(value: object) -> Literal["rules", "budget"]:
+def _quantize_tag(value: object) -> Literal["rules", "budget", "source"]:
+    if value == "source" or isinstance(value, FromSource) or (isinstance(value, Mapping) and "keep" in value):
+        return "source"
     return "budget" if isinstance(value, Mapping | Budget) else "rules"
 
 
-def _quantize_or_auto_tag(value: object) -> Literal["rules", "budget", "auto"]:
+def _quantize_or_auto_tag(value: object) -> Literal["rules", "budget", "source", "auto"]:
     named = isinstance(value, Mapping) and "auto" in value
     return "auto" if named or value == "auto" or isinstance(value, Auto) else _quantize_tag(value)
 
 
-Quantize = Annotated[Annotated[Rules, Tag("rules")] | Annotated[Budget, Tag("budget")], Discriminator(_quantize_tag)]
+_BySource: TypeAlias = Annotated[
+    FromSource, BeforeValidator(lambda value: {} if value == "source" else value), Tag("source")
+]
+Quantize = Annotated[
+    Annotated[Rules, Tag("rules")] | Annotated[Budget, Tag("budget")] | _BySource, Discriminator(_quantize_tag)
+]
 QuantizeOrAuto = Annotated[
     Annotated[Rules, Tag("rules")]
     | Annotated[Budget, Tag("budget")]
+    | _BySource
     | Annotated[Auto, BeforeValidator(lambda value: {} if value == "auto" else value), Tag("auto")],
     Discriminator(_quantize_or_auto_tag),
 ]
@@ -432,6 +451,8 @@ class Recipe(Strict):
                 f"recipe {self.name}: quantize: auto is a ladder of recipes, which only `lilliput run` climbs: "
                 "give one set of rules, e.g. --set quantize=int4-b32"
             )
+        if isinstance(found, FromSource):
+            raise RecipeError(f"recipe {self.name}: quantize: source becomes rules only in `lilliput run`: give rules")
         return found
 
     def recover_of(self, target: Target) -> Recover | None:

@@ -81,7 +81,8 @@ class StepLoss(Record):
     match: str
     grid: str
     step: str
-    relative_error: float  # E|D x|² / E|W x|²
+    relative_error: float  # E|D x|² / E|W x|²; of a re-quantized matrix |D|² / |W|²
+    source_grid: str | None = None  # of a re-quantized matrix: the source's grid, or "no grid"
 
 
 class TriedTarget(Record):

@@ -28,6 +28,7 @@ from lilliput.report_table import (
     confidence_line,
     headline,
     reasons,
+    requantized,
     shown,
     slice_rows,
     solve_steps,
@@ -95,6 +96,7 @@ def html(report: Report) -> str:
         slices=SLICES,
         slice_rows=slice_rows,
         confidence_line=confidence_line,
+        requantized=requantized(report),
         figures=figures,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from lilliput import figures
@@ -88,10 +89,15 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
         yield from _table(TRIED_COLUMNS, tried(report.escalation))
         yield ""
-    if report.steps:
+    if solve_steps(report):
         yield "What each step of the solvers left: the squared error of the matrices' outputs, relative to the outputs."
         yield ""
         yield from _table(("rule", "grid", "after each step"), solve_steps(report))
+        yield ""
+    if rows := requantized(report):
+        yield "What re-quantizing costs: the squared error of the weights, relative to those that the source held."
+        yield ""
+        yield from _table(REQUANTIZED, rows)
         yield ""
     for allocation in report.allocations:
         yield from _allocation(allocation)
@@ -162,10 +168,26 @@ def tried(rungs: Iterable[TriedRung]) -> list[tuple[str, ...]]:
 def solve_steps(report: Report) -> list[tuple[str, str, str]]:
     """A row a rule: its pattern, its grid, "rtn 1.20 % → awq 1.05 % → gptq 0.310 %"."""
     found: dict[tuple[str, str], list[str]] = {}
-    for step in report.steps:
+    for step in (step for step in report.steps if step.source_grid is None):
         left = f"{step.step} {figures.number(100 * step.relative_error)} %"
         found.setdefault((step.match, step.grid), []).append(left)
     return [(*rule, " → ".join(steps)) for rule, steps in found.items()]
+
+
+REQUANTIZED = ("matrices", "from and to", "number", "mean error", "largest")
+
+
+def requantized(report: Report) -> list[tuple[str, ...]]:
+    """A row of REQUANTIZED for each kind of matrix that the source held on one grid and the files hold on another."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for step in report.steps:
+        if step.source_grid is not None:
+            kind = re.sub(r"^layers\.\d+\.", "layers.*.", step.match)
+            found.setdefault((kind, f"{step.source_grid} → {step.grid}"), []).append(100 * step.relative_error)
+    return [
+        (*kind, str(len(its)), f"{figures.number(sum(its) / len(its))} %", f"{figures.number(max(its))} %")
+        for kind, its in found.items()
+    ]
 
 
 def _ladder_row(target: TargetResult) -> tuple[str, ...]:

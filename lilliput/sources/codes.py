@@ -60,6 +60,22 @@ def held(original: Original, stored: Mapping[str, Stored], weights: Mapping[str,
     return Held(tensors, reasons)
 
 
+def grids(original: Original) -> tuple[dict[str, str], dict[str, str]]:
+    """The grid of each matrix whose codes the checkpoint holds, and why others that it quantizes have none."""
+    names: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for rows in rows_of(original):
+        stored = original.stored(rows.tensor)
+        if stored is None:
+            continue
+        found = place(rows, stored)
+        if isinstance(found, QuantizedTensor):
+            names[rows.name] = found.spec.name
+        else:
+            reasons[rows.name] = found
+    return names, reasons
+
+
 def place(rows: Rows, stored: Stored) -> QuantizedTensor | str:
     """The codes of one of the decoder's matrices, or why it has none."""
     if isinstance(stored, OffGrid):

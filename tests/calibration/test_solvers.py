@@ -53,7 +53,7 @@ def solve(
 
 
 def test_the_folder_lists_the_solvers_and_nothing_else() -> None:
-    assert registry.known("solvers") == ("gptq", "hqq", "llm_int8", "rtn")
+    assert registry.known("solvers") == ("gptq", "hqq", "llm_int8", "passthrough", "rtn")
     assert registry.constant("solvers", "gptq", "needs_statistics") is True
     assert registry.constant("solvers", "rtn", "needs_statistics") is False
 

@@ -1,0 +1,91 @@
+"""Passthrough: the codes that the source holds already, as they are, where the rule's grid is the one they lie on.
+
+Nothing is chosen, so nothing is lost: what the checkpoint's author solved (GPTQ, AWQ, an importance matrix, QAT) lands
+in the artifact bit for bit. A grid of the same codes and blocks whose scales are of another dtype is the same grid
+where that dtype holds every scale. Anything else is refused: it would be a new solve, which another solver does, and
+`cost` says what that loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, NoReturn
+
+import numpy as np
+
+from calibration.base import InputStatistics, SolverOptions
+from lilliput.errors import CalibrationError, GridError
+from lilliput.grid import Float, GridSpec, QuantizedTensor
+from lilliput.model import SolveStep, SourceModel
+from lilliput.recipe_schema import PASSTHROUGH
+
+NO_GRID = "no grid"  # in a SolveStep: the source quantizes the matrix in a way that none of ours holds
+
+
+class Options(SolverOptions):
+    pass
+
+
+class Solver:
+    Options: ClassVar[type[SolverOptions]] = Options
+    needs_statistics: ClassVar[bool] = False
+
+    def solve(
+        self, weight: Float, spec: GridSpec, statistics: InputStatistics | None, options: SolverOptions
+    ) -> NoReturn:
+        """Values do not tell which codes they had: calibration.solve calls `keep`, with the source's own."""
+        raise CalibrationError(
+            f"solver {PASSTHROUGH} takes the codes of a source, and is asked to choose some: name another"
+        )
+
+
+def keep(source: SourceModel, name: str, spec: GridSpec, weight: Float) -> QuantizedTensor:
+    """The source's codes of matrix `name`, whose float value is `weight` (rows, cols).
+
+    Raises CalibrationError where the source has none, or none on that grid, or where they stand for another matrix.
+    """
+    held = source.codes.get(name)
+    if held is None:
+        why = source.not_passed.get(name, "it is float there")
+        raise CalibrationError(
+            f"quantize: {name}: the source holds no codes for {spec.name} to pass through ({why}): "
+            "name another solver, e.g. gptq"
+        )
+    stated = restated(held, spec)
+    if stated is None:
+        raise CalibrationError(
+            f"quantize: {name}: the source holds it on {held.spec.name}, the rule wants {spec.name}: give the rule the "
+            "source's grid, or another solver, which quantizes it anew"
+        )
+    if not np.array_equal(stated.dequantize(), weight):
+        raise CalibrationError(
+            f"quantize: {name}: a transform of another rule folds factors into it, so the source's codes are no longer "
+            "its: leave the transform out, or name another solver"
+        )
+    return stated
+
+
+def restated(tensor: QuantizedTensor, spec: GridSpec) -> QuantizedTensor | None:
+    """The same codes and scales on `spec`, or None where that is another grid: they differ in the dtype of scales at
+    most, which must hold them all, and in the name of a block that is the whole row."""
+    cols = tensor.shape[1]
+    block = spec.block_size if tensor.spec.blocks(cols) == spec.blocks(cols) == 1 else tensor.spec.block_size
+    if replace(tensor.spec, scale_dtype=spec.scale_dtype, block_size=block) != spec:
+        return None
+    stated = replace(tensor, spec=spec)
+    try:
+        stated.check("it")
+    except GridError:
+        return None
+    return stated
+
+
+def cost(source: SourceModel, name: str, weight: Float, tensor: QuantizedTensor) -> SolveStep | None:
+    """What quantizing a matrix anew loses of what the source held: |W - W'|² / |W|²; None where that was float."""
+    held = source.codes.get(name)
+    if held is None and name not in source.not_passed:
+        return None
+    signal = float(np.square(weight, dtype=np.float64).sum())
+    lost = float(np.square(weight - tensor.dequantize(), dtype=np.float64).sum())
+    grid = NO_GRID if held is None else held.spec.name
+    return SolveStep(name, tensor.spec.name, "re-quantized", lost / signal if signal else 0.0, source_grid=grid)
