@@ -6,7 +6,7 @@ Rows of Llama's q and k are permuted to ggml's interleaved order, as llama.cpp's
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,11 @@ def write_vocabulary(path: Path, *changes: Change) -> Path:
 
 
 def write_llama(
-    path: Path, folder: Path, kind: Type = Type.F32, changes: Iterable[Change] = (), skip: Iterable[str] = ()
-) -> Path:
-    """The model in `folder` as a GGUF file whose matrices are of type `kind`; tensors named in `skip` are left out."""
+    path: Path, folder: Path, kind: Type = Type.F32, changes: Iterable[Change] = (), skip: Iterable[str] = (),
+    kinds: Mapping[str, Type] | None = None,
+) -> Path:  # fmt: skip
+    """The model in `folder` as a GGUF file whose matrices are of type `kind`, but those named in `kinds` of their own;
+    tensors named in `skip` are left out."""
     hf, tensors = _read(folder)
     writer = Writer(path, "llama")
     writer.add_block_count(hf["num_hidden_layers"])
@@ -68,7 +70,8 @@ def write_llama(
     for name, array in tensors.items():
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if names[name] not in skip:
-            _add(writer, names[name], permute(array, hf[heads]) if heads else array, kind)
+            its = (kinds or {}).get(names[name], kind)
+            _add(writer, names[name], permute(array, hf[heads]) if heads else array, its)
     return _close(writer, path)
 
 
@@ -153,7 +156,17 @@ def _decoder_names(folder: Path) -> list[str]:
 
 def _add(writer: Writer, name: str, array: np.ndarray, kind: Type) -> None:
     stored = Type.F32 if array.ndim == 1 else kind
-    writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(array), stored), raw_dtype=stored)
+    writer.add_tensor(name, _quantized(np.ascontiguousarray(array), stored), raw_dtype=stored)
+
+
+def _quantized(rows: np.ndarray, kind: Type) -> np.ndarray:
+    """By gguf-py, or by ggml's own code (libgguf) for the types that gguf-py cannot quantize to."""
+    try:
+        return gguf.quants.quantize(rows, kind)
+    except NotImplementedError:
+        import libgguf
+
+        return np.asarray(libgguf.quantize_rows(rows, int(kind))).view(np.uint8).reshape(len(rows), -1)
 
 
 def _close(writer: Writer, path: Path) -> Path:
