@@ -23,8 +23,8 @@ predicted loss; `{bits_per_weight: 4.5}` counts the bits of all matrices instead
 `quantize: auto` climbs a ladder from the cheapest, each target until its accuracy gates pass; `{auto: [rtn, awq]}`
 names the rungs (lilliput.escalation).
 
-`quantize: source` keeps the grids and codes of a quantized source (lilliput.source_grids); `{keep: source, otherwise:
-int4-b32}` quantizes anew, by other rules, what the target's format cannot hold so.
+`quantize: source` keeps the grids and codes of a quantized source; `{keep: source, otherwise: int4-b32}` solves anew
+what a target's format cannot hold (lilliput.source_grids).
 
 `quantize: int4-b32` is short for three rules: GPTQ on that grid for every linear layer; RTN on int8-channel for
 embedding and head below a billion parameters; RTN on the same grid for them from there on. A solver, exporter,
