@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+PROVENANCE = "lilliput.provenance"  # the name under which a file says what it was made from (lilliput.embedded)
 PART = re.compile(r"-\d{5}-of-\d{5}$")  # ends the stem of one part of a split GGUF file
 
 
@@ -30,6 +33,11 @@ class Artifact:
         """Bytes of all model files of the folder (the main file, its data files, the other parts of a split one)."""
         stem = PART.sub("", self.path.stem)
         return sum(f.stat().st_size for f in self.folder.glob(f"{stem}*") if f.is_file())
+
+
+def canonical(values: Mapping[str, object]) -> str:
+    """A JSON object, the same text for the same values: what an exporter embeds under PROVENANCE."""
+    return json.dumps(dict(values), sort_keys=True, separators=(",", ":"))
 
 
 def sha256(path: Path) -> str:

@@ -156,7 +156,7 @@ class Conversation:
 @contextmanager
 def open_chat(folder: Path, sampler: Sampler, max_tokens: int, system: str | None = None) -> Iterator[Conversation]:
     """Open the artifact in `folder` on its own runtime. Raises ArtifactError where it is none, or has changed."""
-    described = manifest.verify(folder)
+    described = manifest.opened(folder)
     artifact = described.open(folder)
     runtime = registry.load("runtimes", described.result.runtime)()
     with tokenizer_folder(folder, artifact.path) as home:

@@ -11,6 +11,7 @@ Written in sorted order without timestamps: the same model gives the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from lilliput.artifact import sha256
 from lilliput.grid import Outliers, QuantizedTensor, grid
 from lilliput.model import DecoderConfig, QuantizedModel, SolveStep
 
@@ -43,6 +45,12 @@ def save(model: QuantizedModel, folder: Path) -> None:
         "steps": [asdict(step) for step in model.steps],
     }
     (folder / "model.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+
+
+def digest(folder: Path) -> str:
+    """Hex sha256 over the numbers that a checkpoint holds: codes, scales, floats."""
+    parts = (sha256(folder / name) for name in ("codes.safetensors", "floats.safetensors"))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def load(folder: Path) -> QuantizedModel:

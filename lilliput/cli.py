@@ -117,6 +117,26 @@ def validate(
 
 
 @app.command()
+def verify(
+    artifact_dir: Annotated[Path, typer.Argument(help="A target's folder: DIR/<target> of `run --out DIR`.")],
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Quantize and export again, and compare bytes.")] = False,
+    model: Annotated[str | None, typer.Option(help="Where the source lies now, for a rebuild.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hash every file against the manifest, and what the model file says of its making. 0: all as it says, 1: not."""
+    from lilliput import terminal
+    from lilliput import verify as verifying
+    from lilliput.terminal_progress import StageDisplay
+
+    found = verifying.verify(artifact_dir, rebuild=rebuild, model=model, watch=StageDisplay)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        terminal.show_verification(found)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A .gguf, .onnx, .tflite, .litertlm or .safetensors file, or a folder.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,

@@ -11,10 +11,10 @@ from lilliput.allocated import Allocation, classes
 from lilliput.fingerprint import version
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
+from lilliput.provenance import SHARED_PACKAGES
 from lilliput.recipe_schema import FLOAT, Recipe, Rule, assign, parameter_count
 from lilliput.report import RecipeFacts, SourceFacts, StepLoss, TensorClass, TextFacts
 
-SHARED_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf", "tokenizers")
 FLOAT32_BITS = 32
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lilliput import registry
+from lilliput import provenance, registry
 from lilliput.fingerprint import fingerprint
 from lilliput.progress import Progress
 from lilliput.recipe_schema import FLOAT, Budget, Plugin, Recipe, Recover, Rule, Target
@@ -188,7 +188,7 @@ def build(recipe: Recipe, source_sha256: str, host: str) -> Graph:
             text = (*(rule.model_dump_json() for rule in rules), wanted.model_dump_json() if wanted else "")
             label = _label(rules, [s.quantize.subject for s in solutions.values()])
             solution = solutions.setdefault(text, solutions.get(text) or _solution(recipe, rules, wanted, label, first))
-        stages.append(_target(target, solution, first, host))
+        stages.append(_target(recipe, target, solution, first, host))
     both = tuple(dict.fromkeys(stage for found in priced.values() for stage in found.stages))
     return Graph(recipe, loaded, evaluated, sampled, covered, gathered, both, traced, held, asked, tuple(stages))
 
@@ -322,12 +322,14 @@ def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced:
     loaded, traced, gathered, grids = first.source, first.trace, first.statistics, grids_of(target, budget)
     assert gathered is not None
     exporter, found = registry.module_name("exporters", target.exporter.name), [priced.price[grid] for grid in grids]
+    known = _known(recipe, target)
     allocated = Stage(
         "allocate", target.name, (loaded, traced, gathered, priced.correction, *found), (exporter,),
-        {"budget": budget.model_dump(), "grids": grids, **target.model_dump(include={"name", "exporter"})},
+        {"budget": budget.model_dump(), "grids": grids, "known": known}
+        | target.model_dump(include={"name", "exporter"}),
         lambda at, folder, progress: allocate.work(
             allocate.Held(at(loaded), at(traced), at(gathered), at(priced.correction), tuple(map(at, found))),
-            target, budget, grids, folder, progress,
+            target, budget, grids, known, folder, progress,
         ),
     )  # fmt: skip
     solved = Stage(
@@ -383,14 +385,17 @@ def _dequantized(label: str, solved: Stage, first: First) -> Stage:
     )  # fmt: skip
 
 
-def _target(target: Target, solution: Solution, first: First, host: str) -> TargetStages:
+def _target(recipe: Recipe, target: Target, solution: Solution, first: First, host: str) -> TargetStages:
     solved, traced = solution.shipped, first.trace
     exporter = registry.module_name("exporters", target.exporter.name)
     limit = solution.rules.limit_bytes if isinstance(solution.rules, Budget) else None
+    known = _known(recipe, target)
     exported = Stage(
         "export", target.name, (solved, traced), (exporter,),
-        {"exporter": target.exporter.model_dump(), "limit_bytes": limit},
-        lambda at, folder, progress: export.work(at(solved), at(traced), target.exporter, folder, progress, limit),
+        {"exporter": target.exporter.model_dump(), "limit_bytes": limit, "known": known},
+        lambda at, folder, progress: export.work(
+            at(solved), at(traced), target.exporter, known, folder, progress, limit
+        ),
     )  # fmt: skip
     plugins = [registry.module_name("runtimes", target.runtime.name)]
     plugins.append(registry.module_name("devices", target.device.name))
@@ -405,6 +410,12 @@ def _target(target: Target, solution: Solution, first: First, host: str) -> Targ
 
     validated = Stage("validate", target.name, (*inputs, exported), (exporter, *plugins), wanted, work)
     return TargetStages(target, solution, exported, validated)
+
+
+def _known(recipe: Recipe, target: Target) -> dict[str, str]:
+    """What the target's file says of its making; it reads samples where its rules have statistics or it is trained."""
+    calibrated = _uses_statistics(recipe.quantize_of(target)) or recipe.recover_of(target) is not None
+    return provenance.known(recipe, target, calibrated=calibrated)
 
 
 def _text(plugin: Plugin) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from lilliput.artifact import Artifact, sha256
 from lilliput.errors import ArtifactError
@@ -52,6 +52,8 @@ class Manifest(Record):
     versions: dict[str, str]
     host: Host
     result: TargetResult
+    provenance: dict[str, str] = Field(default_factory=dict)  # what the model file was told of its making
+    is_embedded: bool = False  # whether the model file holds it
     created: str  # UTC, ISO 8601: when it was measured
 
     def open(self, folder: Path) -> Artifact:
@@ -96,7 +98,7 @@ def changes(manifest: Manifest, folder: Path) -> list[str]:
     return [*missing, *changed, *(f"{name} is foreign" for name in seen if name not in manifest.files)]
 
 
-def verify(folder: Path) -> Manifest:
+def opened(folder: Path) -> Manifest:
     """The manifest, where all files are as it lists them. Raises ArtifactError naming those that are not."""
     manifest = read(folder)
     if found := changes(manifest, folder):

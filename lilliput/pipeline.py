@@ -193,7 +193,7 @@ def _publish(plan: Plan, graph: Graph, stages: TargetStages, result: TargetResul
     """Copy the artifact beside its manifest; nothing is copied where the same files lie there already."""
     destination, exported = plan.out / stages.target.name, work.verified(stages.export)
     artifact = exporting.open_artifact(exported)
-    recipe = plan.recipe.model_copy(update={"targets": (stages.target,)})
+    recipe, told = plan.recipe.model_copy(update={"targets": (stages.target,)}), exporting.provenance_in(exported)
     described = Manifest(
         name=made.source.name,
         target=stages.target.name,
@@ -215,6 +215,8 @@ def _publish(plan: Plan, graph: Graph, stages: TargetStages, result: TargetResul
         versions=made.versions | result.versions,
         host=made.host,
         result=result,
+        provenance=dict(told.told),
+        is_embedded=told.is_embedded,
         created=validation.measured_at(work.folder(stages.validate)),
     )
     if not destination.is_dir() or manifest.files_of(destination) != described.files:
@@ -232,7 +234,7 @@ def validate(folder: Path, progress: Progress) -> TargetResult:
 
     Whatever the store still holds of its run is used. Raises ArtifactError for files that are not the manifest's.
     """
-    found = manifest.verify(folder)
+    found = manifest.opened(folder)
     recipe = found.recipe
     graph = graphs.build(recipe, source_sha256(recipe.model), host_of(recipe))
     (stages,) = graph.targets

@@ -29,6 +29,7 @@ from lilliput.report_table import COLUMNS, TRIED_COLUMNS, cells, headline, reaso
 from lilliput.results import TargetResult, Verdict
 from lilliput.run import Plan, Run
 from lilliput.sweep import Sweep
+from lilliput.verify import Verification
 
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
@@ -206,6 +207,21 @@ def _show_manifest(out: Console, found: Inspection) -> None:
         out.print("manifest: [green]kept[/], every file is as it was proven")
     else:
         out.print(f"manifest: [bold red]not kept[/], {escape('; '.join(found.changes))}", soft_wrap=True)
+
+
+def show_verification(found: Verification) -> None:
+    """What was compared, what differs, and what may explain it."""
+    out = console()
+    held = "no provenance" if found.embedded is None else f"{found.embedded} entries of provenance"
+    out.print(f"{found.folder}: {found.files} files hashed, {held} in the model file", markup=False, soft_wrap=True)
+    for name in found.rebuilt:
+        out.print(f"rebuilt {name}: the same bytes", markup=False, soft_wrap=True)
+    for line in found.differences:
+        out.print(f"[bold red]differs[/] {escape(line)}", soft_wrap=True)
+    for line in found.notes:
+        out.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
+    if not found.differences:
+        out.print("[bold green]verified[/]: everything is as the manifest says")
 
 
 FINDING_COLOURS = {"better": "green", "worse": "red"}

@@ -92,7 +92,7 @@ def test_each_artifact_has_a_manifest_that_holds_its_files_and_figures(undisturb
     made = report.load(undisturbed.out)
     assert [target.name for target in made.targets] == list(TARGETS)
     for target in made.targets:
-        found = manifest.verify(undisturbed.out / target.name)
+        found = manifest.opened(undisturbed.out / target.name)
         assert found.result == target
         assert found.files[found.artifact.main_file].sha256 == target.artifact.sha256
         assert (found.seed, found.calibration, found.evaluation) == (3, made.calibration, made.evaluation)

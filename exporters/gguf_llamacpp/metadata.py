@@ -5,22 +5,20 @@ what the model was trained for; how much of it an artifact's KV cache holds is c
 llama.cpp passes over:
 
     lilliput.grids        JSON: the grid's name by decoder parameter, as a block type can hold several grids
-    lilliput.provenance   JSON: hashes of source and calibration text, solvers
+    lilliput.provenance   JSON: what the file was made from (lilliput.provenance)
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping
 
 import gguf
 from gguf import GGMLQuantizationType as BlockType
 
+from lilliput.artifact import PROVENANCE, canonical
 from lilliput.model import DecoderConfig, QuantizedModel
 
 GRIDS = "lilliput.grids"
-PROVENANCE = "lilliput.provenance"
 FILE_TYPES = {
     BlockType.F32: gguf.LlamaFileType.ALL_F32,
     BlockType.F16: gguf.LlamaFileType.MOSTLY_F16,
@@ -48,12 +46,8 @@ def add(writer: gguf.GGUFWriter, model: QuantizedModel, weights_by_type: Counter
     _add_architecture(writer, model.config)
     writer.add_file_type(FILE_TYPES[weights_by_type.most_common(1)[0][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_string(GRIDS, _json({name: tensor.spec.name for name, tensor in model.quantized.items()}))
-    writer.add_string(PROVENANCE, _json(model.provenance))
-
-
-def _json(values: Mapping[str, str]) -> str:
-    return json.dumps(dict(values), sort_keys=True, separators=(",", ":"))
+    writer.add_string(GRIDS, canonical({name: tensor.spec.name for name, tensor in model.quantized.items()}))
+    writer.add_string(PROVENANCE, canonical(model.provenance))
 
 
 def _add_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from exporters.base import ExporterOptions, refuse_features
 from exporters.litert_int8 import packing
-from lilliput.artifact import Artifact
+from lilliput.artifact import PROVENANCE, Artifact, canonical
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
 from lilliput.model import Feature, QuantizedModel, Role, TracedModel, role_of
@@ -69,6 +69,7 @@ class Exporter:
         lowering.lower(file, model.config, held, decode, 1, context)
         for steps in sorted({chunk, min(options.short_prefill or chunk, chunk)}):
             lowering.lower(file, model.config, held, prefill, steps, context)
+        file.metadata(PROVENANCE, canonical(model.provenance))
         file.write(folder / MODEL_FILE)
         if options.bundle and not exact:
             from exporters.litert_int8 import bundle

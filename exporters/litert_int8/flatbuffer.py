@@ -80,6 +80,7 @@ class Model:
         self._named: dict[str, int] = {}
         self._codes: dict[str, int] = {}
         self._graphs: list[Graph] = []
+        self._metadata: dict[str, int] = {}
 
     def graph(self, name: str) -> Graph:
         """A new subgraph; its signature has the same name."""
@@ -96,9 +97,16 @@ class Model:
     def code(self, operator: str) -> int:
         return self._codes.setdefault(operator, len(self._codes))
 
+    def metadata(self, name: str, text: str) -> None:
+        """A named text; its buffer stays inside the flatbuffer, where readers of metadata look for it."""
+        self._metadata[name] = self.buffer(name, np.frombuffer(text.encode(), dtype=np.uint8))
+
     def write(self, path: Path) -> None:
         """Write the file; the same calls give the same bytes."""
-        large = {i: b for i, b in enumerate(self._buffers) if b is not None and b.nbytes > INLINE_BYTES}
+        inline = set(self._metadata.values())
+        large = {
+            i: b for i, b in enumerate(self._buffers) if b is not None and b.nbytes > INLINE_BYTES and i not in inline
+        }
         start = _align(len(self._pack(dict.fromkeys(large, (1, 1)))))
         places: dict[int, tuple[int, int]] = {}
         for i, data in large.items():
@@ -118,6 +126,7 @@ class Model:
         model.subgraphs = [graph.table() for graph in self._graphs]
         model.signatureDefs = [graph.signature(i) for i, graph in enumerate(self._graphs)]
         model.buffers = [_buffer(data, places.get(i)) for i, data in enumerate(self._buffers)]
+        model.metadata = [_metadata(name, buffer) for name, buffer in self._metadata.items()]
         builder = flatbuffers.Builder(1 << 20)
         builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
@@ -221,6 +230,12 @@ def _tensor_map(tensors: Mapping[str, int]) -> list[Any]:
         return table
 
     return [entry(name, index) for name, index in tensors.items()]
+
+
+def _metadata(name: str, buffer: int) -> Any:
+    table = schema.MetadataT()
+    table.name, table.buffer = name, buffer
+    return table
 
 
 def _operator_code(name: str) -> Any:

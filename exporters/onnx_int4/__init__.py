@@ -66,7 +66,8 @@ class Exporter:
         level = 0 if exact else options.accuracy_level
         proto = graph.build(model.config, fused, parameters, level, exact=exact)
         grids = {name: tensor.spec for name, tensor in model.quantized.items()}
-        container.write(proto, container.Metadata(model.config, grids, fused.stacks, context), folder / MAIN_FILE)
+        metadata = container.Metadata(model.config, grids, fused.stacks, context, model.provenance)
+        container.write(proto, metadata, folder / MAIN_FILE)
         notes = genai.write(model, context, MAIN_FILE, folder)
         return Artifact(folder, "onnx_int4", MAIN_FILE, context, prefill=0, notes=notes)
 

@@ -4,6 +4,7 @@
     lilliput.grids     {parameter: grid name}, JSON
     lilliput.stacks    {stacked parameter: its parts from top to bottom}, JSON
     lilliput.context   positions that the KV cache is made for
+    lilliput.provenance   what the file was made from (lilliput.provenance), JSON
 
 Weights above 2 GB go to a data file beside the model, as protobuf messages end there.
 """
@@ -21,6 +22,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from exporters.onnx_int4 import packing
 from exporters.onnx_int4.packing import Packed
+from lilliput.artifact import PROVENANCE, canonical
 from lilliput.errors import ArtifactError
 from lilliput.grid import Float, GridSpec, Outliers, QuantizedTensor, grid
 from lilliput.model import DecoderConfig
@@ -39,6 +41,7 @@ class Metadata:
     grids: Mapping[str, GridSpec]
     stacks: Mapping[str, tuple[str, ...]]
     context: int
+    provenance: Mapping[str, str]
 
 
 def write(proto: ModelProto, metadata: Metadata, path: Path) -> None:
@@ -49,7 +52,8 @@ def write(proto: ModelProto, metadata: Metadata, path: Path) -> None:
         "lilliput.grids": {name: spec.name for name, spec in metadata.grids.items()},
         "lilliput.stacks": dict(metadata.stacks),
     }
-    helper.set_model_props(proto, {key: json.dumps(text, sort_keys=True) for key, text in texts.items()})
+    props = {key: json.dumps(text, sort_keys=True) for key, text in texts.items()}
+    helper.set_model_props(proto, props | {PROVENANCE: canonical(metadata.provenance)})
     external = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > PROTOBUF_LIMIT_BYTES
     onnx.save_model(
         proto,
@@ -66,9 +70,10 @@ def read_metadata(proto: ModelProto, path: Path) -> Metadata:
         grids = {name: grid(spec) for name, spec in json.loads(texts["lilliput.grids"]).items()}
         stacks = {name: tuple(parts) for name, parts in json.loads(texts["lilliput.stacks"]).items()}
         config = DecoderConfig(**json.loads(texts["lilliput.config"]))
+        provenance = json.loads(texts[PROVENANCE])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: no model that Lilliput wrote, its metadata lacks or spoils {error}") from error
-    return Metadata(config, grids, stacks, int(texts["lilliput.context"]))
+    return Metadata(config, grids, stacks, int(texts["lilliput.context"]), provenance)
 
 
 def read(path: Path) -> dict[str, QuantizedTensor | Float]:

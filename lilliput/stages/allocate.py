@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lilliput import registry
+from lilliput import provenance, registry
 from lilliput.allocated import Allocation, Choice
 from lilliput.errors import CalibrationError
 from lilliput.progress import Progress
@@ -41,7 +42,11 @@ class Held:
     prices: tuple[Path, ...]  # by grid
 
 
-def work(held: Held, target: Target, budget: Budget, grids: tuple[str, ...], folder: Path, progress: Progress) -> None:
+def work(
+    held: Held, target: Target, budget: Budget, grids: tuple[str, ...], known: Mapping[str, str], folder: Path,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """`known`: what the file will say of its making beside the solved model's own words; it counts too."""
     from lilliput.source import open_stage
 
     exporter: Exporter = registry.load("exporters", target.exporter.name)()
@@ -56,7 +61,7 @@ def work(held: Held, target: Target, budget: Budget, grids: tuple[str, ...], fol
             choices=_by_bits(allowed, budget.bits_per_weight, target.name),
         )
     else:
-        found = _by_file(allowed, budget.limit_bytes, Sizes(source, held, target, budget), progress)
+        found = _by_file(allowed, budget.limit_bytes, Sizes(source, held, target, budget, known), progress)
     (folder / ALLOCATION).write_text(found.model_dump_json(indent=1) + "\n")
     rules = [rule.model_dump(mode="json") for rule in _rules(found.choices, budget)]
     (folder / RULES).write_text(json.dumps(rules, indent=1) + "\n")
@@ -105,6 +110,7 @@ class Sizes:
     held: Held
     target: Target
     budget: Budget
+    known: Mapping[str, str]
 
     def of(self, choices: tuple[Choice, ...]) -> int:
         from calibration.allocation import blank
@@ -112,6 +118,7 @@ class Sizes:
         from lilliput.stages.export import export
 
         model = blank(self.source, _rules(choices, self.budget), Statistics(self.held.statistics))
+        model = replace(model, provenance=provenance.told(model.provenance, self.known, provenance.UNSOLVED))
         with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
             return export(model, self.held.traced, self.target.exporter, Path(scratch)).size_bytes
 

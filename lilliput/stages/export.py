@@ -1,16 +1,18 @@
 """Write one artifact. That it reads back as it was given is proven when it is validated.
 
 files/          what is published beside the manifest
-artifact.json   exporter, main file, context, prefill, notes
+artifact.json   exporter, main file, context, prefill, notes; provenance as it was handed over; is it in the file
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lilliput import registry
+from lilliput import embedded, provenance, registry
 from lilliput.artifact import Artifact
 from lilliput.errors import ExportError
 from lilliput.progress import Progress
@@ -24,17 +26,34 @@ FACTS = "artifact.json"
 FILES = "files"
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """What an exporter was told of the file's making, and whether the file holds it."""
+
+    told: Mapping[str, str]
+    is_embedded: bool
+
+
 def work(
-    quantized: Path, traced: Path, plugin: Plugin, folder: Path, progress: Progress, limit_bytes: int | None = None
-) -> None:
-    """Raises ExportError for a file above `limit_bytes`: the budget that its grids were chosen by."""
+    quantized: Path, traced: Path, plugin: Plugin, known: Mapping[str, str], folder: Path, progress: Progress,
+    limit_bytes: int | None = None,
+) -> None:  # fmt: skip
+    """`known`: what lilliput.provenance knows beforehand. Raises ExportError for a file above `limit_bytes`, the budget
+    that its grids were chosen by, and for one that embeds another provenance than it was given."""
     from lilliput import checkpoint
 
     (folder / FILES).mkdir()
-    artifact = export(checkpoint.load(quantized), traced, plugin, folder / FILES)
+    model = checkpoint.load(quantized)
+    told = provenance.told(model.provenance, known, checkpoint.digest(quantized))
+    artifact = export(replace(model, provenance=told), traced, plugin, folder / FILES)
     if limit_bytes is not None and artifact.size_bytes > limit_bytes:
         raise ExportError(
             f"{artifact.main_file} has {artifact.size_bytes} bytes, its budget is {limit_bytes}: lower budget_mb"
+        )
+    found = embedded.provenance(artifact.path)
+    if found not in (None, told):
+        raise ExportError(
+            f"{artifact.main_file}: exporter {plugin.name!r} embedded another provenance than it was given"
         )
     facts = {
         "exporter": artifact.exporter,
@@ -43,7 +62,8 @@ def work(
         "prefill": artifact.prefill,
         "notes": list(artifact.notes),
     }
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    text = {**facts, "provenance": told, "is_embedded": found is not None}
+    (folder / FACTS).write_text(json.dumps(text, indent=2) + "\n")
     progress(1, 1)
 
 
@@ -60,5 +80,16 @@ def export(model: QuantizedModel, traced: Path, plugin: Plugin, folder: Path, *,
 
 def open_artifact(folder: Path) -> Artifact:
     """The artifact in an export stage's folder."""
-    facts = json.loads((folder / FACTS).read_text())
-    return Artifact(folder / FILES, **{**facts, "notes": tuple(facts["notes"])})
+    found = _facts(folder)
+    names = ("exporter", "main_file", "context", "prefill")
+    return Artifact(folder / FILES, **{name: found[name] for name in names}, notes=tuple(found["notes"]))
+
+
+def provenance_in(folder: Path) -> Provenance:
+    """What the file in an export stage's folder was told of its making."""
+    found = _facts(folder)
+    return Provenance(found["provenance"], found["is_embedded"])
+
+
+def _facts(folder: Path) -> Any:
+    return json.loads((folder / FACTS).read_text())
