@@ -29,10 +29,15 @@ class Artifact:
         return self.folder / self.main_file
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all model files of the folder (the main file, its data files, the other parts of a split one)."""
+    def files(self) -> tuple[Path, ...]:
+        """What a runtime opens: the main file, its data files, the other parts of a split one."""
         stem = PART.sub("", self.path.stem)
-        return sum(f.stat().st_size for f in self.folder.glob(f"{stem}*") if f.is_file())
+        return tuple(sorted(path for path in self.path.parent.glob(f"{stem}*") if path.is_file()))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all model files."""
+        return sum(path.stat().st_size for path in self.files)
 
 
 def canonical(values: Mapping[str, object]) -> str:

@@ -32,6 +32,7 @@ from typing import Protocol
 
 from pydantic import Field
 
+from lilliput.artifact import Artifact
 from lilliput.errors import MeasurementError
 from lilliput.progress import Progress, silent
 from targets import accuracy, outcome
@@ -233,7 +234,7 @@ class FarConnection:
             number = next(self._numbers)
         folder, pid_file = self._folder / str(number), self._folder / f"{number}.pid"
         artifact = request.artifact
-        lies = self._push(artifact.folder, _model_files(artifact.folder, artifact.main_file, artifact.exporter))
+        lies = self._push(artifact.folder, _model_files(artifact.artifact()))
         tasks, logits, answers = [], {}, {}
         for i, task in enumerate(request.tasks):
             if isinstance(task, AccuracyTask):
@@ -377,7 +378,8 @@ def _sources() -> list[tuple[Path, str]]:
     return [(p, p.relative_to(ROOT).as_posix()) for p in paths if p.is_file()]
 
 
-def _model_files(folder: Path, main_file: str, exporter: str) -> list[tuple[Path, str]]:
-    """What a runtime opens: the main file with its data files; a checkpoint is its whole folder."""
-    pattern = "*" if exporter == "checkpoint" else f"{Path(main_file).stem}*"
-    return [(path, path.name) for path in sorted(folder.glob(pattern)) if path.is_file()]
+def _model_files(artifact: Artifact) -> list[tuple[Path, str]]:
+    """What a runtime opens; a checkpoint is its whole folder."""
+    whole = artifact.exporter == "checkpoint"
+    paths = sorted(p for p in artifact.folder.iterdir() if p.is_file()) if whole else artifact.files
+    return [(path, path.relative_to(artifact.folder).as_posix()) for path in paths]

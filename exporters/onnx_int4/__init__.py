@@ -2,6 +2,9 @@
 
     model.onnx [+ model.onnx.data above 2 GB]   the graph (graph.py) and the packed matrices (packing.py)
     genai_config.json, tokenizer files          what onnxruntime-genai needs besides (genai.py)
+    config.json                                 by which optimum and Transformers.js know the model (client_config.py)
+
+`layout: transformers.js` puts the graph at onnx/model_q4.onnx, where Transformers.js looks for `dtype: "q4"`.
 
 The metadata of model.onnx says which decoder parameters the stacked matrices hold and on which grids,
 so that `read` gives back each parameter by its own name.
@@ -23,14 +26,17 @@ from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows
 from lilliput.model import QuantizedModel, Role, TracedModel, role_of
 
-MAIN_FILE = "model.onnx"
+Layout = Literal["genai", "transformers.js"]
+MAIN_FILES: dict[Layout, str] = {"genai": "model.onnx", "transformers.js": "onnx/model_q4.onnx"}
 FLOAT16_SCALES = ("bf16_f16", "float16")
 
 
 class Options(ExporterOptions):
-    """accuracy_level: how MatMulNBits takes activations. 4: as 8 bits a block, the fast kernels; 0: as float32."""
+    """accuracy_level: how MatMulNBits takes activations. 4: as 8 bits a block, the fast kernels; 0: as float32.
+    layout: which client's folder it is; optimum's ORTModelForCausalLM opens both."""
 
     accuracy_level: Literal[0, 4] = 4
+    layout: Layout = "genai"
 
 
 class Exporter:
@@ -53,7 +59,7 @@ class Exporter:
     def export(
         self, model: QuantizedModel, traced: TracedModel, options: ExporterOptions, folder: Path, *, exact: bool = False
     ) -> Artifact:
-        from exporters.onnx_int4 import container, fusion, genai, graph
+        from exporters.onnx_int4 import client_config, container, fusion, genai, graph
 
         assert isinstance(options, Options)
         self._check(model)
@@ -67,9 +73,12 @@ class Exporter:
         proto = graph.build(model.config, fused, parameters, level, exact=exact)
         grids = {name: tensor.spec for name, tensor in model.quantized.items()}
         metadata = container.Metadata(model.config, grids, fused.stacks, context, model.provenance)
-        container.write(proto, metadata, folder / MAIN_FILE)
-        notes = genai.write(model, context, MAIN_FILE, folder)
-        return Artifact(folder, "onnx_int4", MAIN_FILE, context, prefill=0, notes=notes)
+        main_file = MAIN_FILES[options.layout]
+        (folder / main_file).parent.mkdir(exist_ok=True)
+        container.write(proto, metadata, folder / main_file)
+        notes = genai.write(model, context, main_file, folder)
+        client_config.write(model, context, folder)
+        return Artifact(folder, "onnx_int4", main_file, context, prefill=0, notes=notes)
 
     def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
         from exporters.onnx_int4 import container
