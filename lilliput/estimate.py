@@ -79,7 +79,7 @@ def estimate(recipe: Recipe, config: DecoderConfig) -> Estimate:
         "report": 1.0,
     }
     disk: dict[StageKind, int] = {
-        "source": weights,
+        "source": weights + weights // 3,  # beside the float weights the codes of a quantized source
         "statistics": moments,
         "sensitivity": 2 * moments,
         "reference": logits,

@@ -319,3 +319,16 @@ def test_biases_of_zeros_that_autogptq_added_are_passed_over(llama_folder: Path,
         source.load(
             str(tiny_quantized.folder(llama_folder, tmp_path / "one", settings, pack(1))), tmp_path / "b", proof=False
         )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tiny_models.KINDS if kind != "llama"])
+def test_a_gptq_folder_of_every_family_loads_with_its_codes_and_is_proven(kind: str, tmp_path: Path) -> None:
+    """Biases, norms of heads, and Phi 3's stacked matrices, whose rows are taken apart with their codes."""
+    floats = tiny_models.tiny(kind, tmp_path / "hf")
+    model = source.load(str(gptq_folder(floats, tmp_path / "gptq")), tmp_path / "stage")
+    assert model.decoder_proof.startswith("proven against transformers")
+    linears = [name for name in model.config.parameter_shapes() if role_of(name) == "linear"]
+    assert sorted(model.codes) == sorted(linears)
+    weights = tiny_models.source_of(floats).weights
+    for name in linears:
+        assert_holds(model.codes[name], tiny_quantized.rounded(weights[name], 4, 32, symmetric=True), "int4-b32-f16")
