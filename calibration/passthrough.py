@@ -14,8 +14,8 @@ from typing import ClassVar, NoReturn
 import numpy as np
 
 from calibration.base import InputStatistics, SolverOptions
-from lilliput.errors import CalibrationError, GridError
-from lilliput.grid import Float, GridSpec, QuantizedTensor
+from lilliput.errors import CalibrationError
+from lilliput.grid import Float, GridSpec, QuantizedTensor, narrowest
 from lilliput.model import SolveStep, SourceModel
 from lilliput.recipe_schema import PASSTHROUGH
 
@@ -66,18 +66,12 @@ def keep(source: SourceModel, name: str, spec: GridSpec, weight: Float) -> Quant
 
 
 def restated(tensor: QuantizedTensor, spec: GridSpec) -> QuantizedTensor | None:
-    """The same codes and scales on `spec`, or None where that is another grid: they differ in the dtype of scales at
-    most, which must hold them all, and in the name of a block that is the whole row."""
-    cols = tensor.shape[1]
-    block = spec.block_size if tensor.spec.blocks(cols) == spec.blocks(cols) == 1 else tensor.spec.block_size
-    if replace(tensor.spec, scale_dtype=spec.scale_dtype, block_size=block) != spec:
-        return None
-    stated = replace(tensor, spec=spec)
-    try:
-        stated.check("it")
-    except GridError:
-        return None
-    return stated
+    """The same codes, scales and offsets on `spec`, or None where that is another grid (GridSpec.holds)."""
+    seen = tensor.spec
+    if seen.super_blocks is None:
+        minima = [np.asarray(tensor.offsets, np.float32)] if seen.offset == "minimum" else []
+        seen = replace(seen, scale_dtype=narrowest(tensor.scales, *minima))
+    return replace(tensor, spec=spec) if spec.holds(seen, tensor.shape[1]) else None
 
 
 def cost(source: SourceModel, name: str, weight: Float, tensor: QuantizedTensor) -> SolveStep | None:

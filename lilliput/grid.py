@@ -38,7 +38,7 @@ Source: ggml/src/ggml-common.h (block_q2_K to block_q6_K, block_iq4_nl, block_iq
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +52,7 @@ Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 Offset = Literal["none", "zero_point", "minimum"]
 ScaleDtype = Literal["bf16_f16", "float16", "float32"]
 
+WIDTHS: tuple[ScaleDtype, ...] = ("bf16_f16", "float16", "float32")  # each holds all that those before it hold
 FLOAT16_MAX = 65504.0
 FLOAT16_TINY = 2.0**-24
 
@@ -114,6 +115,13 @@ class GridSpec:
     def supers(self, cols: int) -> int:
         """How many super-blocks a row of `cols` columns has; 0 where the grid has none."""
         return -(-cols // self.super_blocks.cols) if self.super_blocks else 0
+
+    def holds(self, other: GridSpec, cols: int) -> bool:
+        """Whether numbers on `other`, in rows of `cols` columns, are on this grid with the very same codes, scales and
+        offsets: the dtype of scales may be wider, and a block that is the whole row may be called so."""
+        whole = self.blocks(cols) == other.blocks(cols) == 1
+        stated = replace(other, scale_dtype=self.scale_dtype, block_size=(self if whole else other).block_size)
+        return stated == self and WIDTHS.index(other.scale_dtype) <= WIDTHS.index(self.scale_dtype)
 
     def bits_per_weight(self, cols: int) -> float:
         """Stored bits a weight, its share of scale and offset included."""
@@ -183,8 +191,7 @@ def round_scale(values: npt.ArrayLike, dtype: ScaleDtype) -> Float:
 
 def narrowest(*parts: Float) -> ScaleDtype:
     """The narrowest dtype that holds all of these scales and minima: the formats of others do not name it."""
-    candidates: tuple[ScaleDtype, ...] = ("bf16_f16", "float16")
-    return next((d for d in candidates if all(np.array_equal(round_scale(p, d), p) for p in parts)), "float32")
+    return next(d for d in WIDTHS if all(np.array_equal(round_scale(p, d), p) for p in parts))
 
 
 def _round_bfloat16(x: Float) -> Float:

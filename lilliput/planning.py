@@ -154,7 +154,7 @@ def _with_source_grids(recipe: Recipe, store: Store, digest: str) -> Recipe:
     found = source_grids.resolved(recipe, held, config)
     for rules in map(found.quantize_of, found.targets):
         if not isinstance(rules, Budget):
-            source_grids.check(assign(rules, config), held)
+            source_grids.check(assign(rules, config), held, config)
     return found
 
 

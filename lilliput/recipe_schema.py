@@ -378,9 +378,7 @@ def _quantize_or_auto_tag(value: object) -> Literal["rules", "budget", "source",
     return "auto" if named or value == "auto" or isinstance(value, Auto) else _quantize_tag(value)
 
 
-_BySource: TypeAlias = Annotated[
-    FromSource, BeforeValidator(lambda value: {} if value == "source" else value), Tag("source")
-]
+_BySource: TypeAlias = Annotated[FromSource, BeforeValidator(lambda v: {} if v == "source" else v), Tag("source")]
 Quantize = Annotated[
     Annotated[Rules, Tag("rules")] | Annotated[Budget, Tag("budget")] | _BySource, Discriminator(_quantize_tag)
 ]

@@ -115,8 +115,9 @@ def compact(rules: Mapping[str, Rule]) -> tuple[Rule, ...]:
     return tuple(found.values())
 
 
-def check(rules: Mapping[str, Rule], held: SourceGrids) -> None:
+def check(rules: Mapping[str, Rule], held: SourceGrids, config: DecoderConfig) -> None:
     """Raise RecipeError for a matrix whose rule wants codes that the source does not hold on that grid."""
+    shapes = config.parameter_shapes()
     for name, rule in rules.items():
         if rule.solver.name != PASSTHROUGH or rule.grid == FLOAT:
             continue
@@ -131,10 +132,7 @@ def check(rules: Mapping[str, Rule], held: SourceGrids) -> None:
                 f"quantize: rule {rule.match!r}: solver {PASSTHROUGH} on {name}, of which the source holds no codes "
                 f"({held.not_passed.get(name, 'it is float there')}): name another solver, e.g. gptq"
             )
-        ours, theirs = grid(rule.grid), grid(seen)
-        if (ours.bits, ours.offset, ours.super_blocks, ours.codebook) != (
-            theirs.bits, theirs.offset, theirs.super_blocks, theirs.codebook,
-        ):  # fmt: skip
+        if not grid(rule.grid).holds(grid(seen), shapes[name][1]):
             raise RecipeError(
                 f"quantize: rule {rule.match!r}: the source holds {name} on {seen}, the rule wants {rule.grid}: give "
                 "the rule the source's grid, or another solver, which quantizes it anew"

@@ -221,3 +221,17 @@ def test_parts_that_leave_a_super_block_are_refused() -> None:
 )
 def test_the_narrowest_scale_dtype_is_named(value: float, dtype: str) -> None:
     assert narrowest(np.full((2, 1), value, dtype=np.float32)) == dtype
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "cols", "holds"),
+    [
+        ("int4-b32", "int4-b32", 64, True), ("int4-b32-f16", "int4-b32", 64, True),
+        ("int4-b32", "int4-b32-f16", 64, False), ("int4-b64", "int4-b32", 64, False),
+        ("int4-b64", "int4-channel", 64, True), ("int4-b64", "int4-channel", 128, False),
+        ("int4-channel-f32", "int4-b64-f16", 64, True), ("int4-b32-zp", "int4-b32", 64, False),
+        ("int5-b32", "int4-b32", 64, False), ("q4_k", "q4_k", 256, True), ("q4_k", "q5_k", 256, False),
+    ],
+)  # fmt: skip
+def test_a_grid_holds_another_of_the_same_codes_and_blocks(ours: str, theirs: str, cols: int, holds: bool) -> None:
+    assert grid(ours).holds(grid(theirs), cols) is holds

@@ -67,7 +67,7 @@ def rules_of(model: SourceModel, exporter: str, *, otherwise: str | None = None)
     found = source_grids.resolved(recipe, held_by(model), model.config)
     rules = found.quantize_of(found.targets[0])
     assert isinstance(rules, tuple)
-    source_grids.check(assign(rules, model.config), held_by(model))
+    source_grids.check(assign(rules, model.config), held_by(model), model.config)
     return rules
 
 
@@ -257,8 +257,8 @@ REFUSED = {
         ("quantize=source",), ("gguf", "litert"), r"target 'litert': .* is on int8-b32-f16 in the source, .*otherwise",
     ),
     "a rule of another grid": (
-        ("quantize=[{match: '*', grid: int8-b32, solver: passthrough}]",), ("gguf",),
-        r"the source holds layers\.0\.attention\.q on int4-b32-min-f16, the rule wants int8-b32",
+        ("quantize=[{match: '*', grid: int8-b32-f16, solver: passthrough}]",), ("gguf",),
+        r"the source holds layers\.0\.attention\.q on int4-b32-min-f16, the rule wants int8-b32-f16",
     ),
     "a transform": (
         ("quantize=[{match: 'layers.*', grid: int4-b32-min-f16, solver: [awq, passthrough]}, "
