@@ -27,6 +27,7 @@ Metric = Literal[
     "decode_ms_p90",
     "peak_rss_mb",
     "slice_drop",  # of every slice of the recipe's suites: one gate each
+    "instructions_per_token",
 ]
 
 
@@ -118,6 +119,16 @@ class Conditions(Record):
     throttled: str | None = None  # why the device held its processor back, where it says so
     joules_per_token: float | None = None  # of decoding; the board's power, not the process's share of it
     power_source: str | None = None  # what that power was read from
+
+
+class Instructions(Record):
+    """Instructions that a decoded token took on an emulated processor, on one thread. No measure of time."""
+
+    tokens: int
+    per_token: float
+    dot_per_token: float  # SDOT, UDOT, USDOT
+    mmla_per_token: float  # SMMLA, UMMLA, USMMLA
+    fma_per_token: float  # vector FMLA
 
 
 class Interval(Record):
@@ -231,6 +242,7 @@ class TargetResult(Record):
     artifact: ArtifactFigures
     latency: Latency | None
     memory: Memory | None
+    instructions: Instructions | None = None  # of a token; only where they are counted
     conditions: Conditions | None = None  # of the measurement of speed; None: nothing was timed
     accuracy: Accuracy | None
     ladder: tuple[Rung, ...]

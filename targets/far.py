@@ -11,6 +11,9 @@ A guardian makes that folder, tells its name and then waits at its standard inpu
 because we are killed, or because the connection breaks, it kills those groups and removes the folder: nothing is left
 even on a device that we cannot reach any more.
 
+Where the device has no Python, a `runner` of the user's is pushed and started as `runner REQUEST REPLY`: it reads and
+writes the JSON of targets.request, logits as .npy, progress on its standard output, as targets.worker does.
+
 The float model's logits stay here: the worker writes the runtime's logits, which are pulled and compared here.
 """
 
@@ -33,9 +36,9 @@ from typing import Protocol
 from pydantic import Field
 
 from lilliput.artifact import Artifact
-from lilliput.errors import MeasurementError
+from lilliput.errors import InputError, MeasurementError
 from lilliput.progress import Progress, silent
-from targets import accuracy, outcome
+from targets import accuracy, outcome, shell_probe
 from targets.probe import Probe
 from targets.process import Ended, Limits, follow, kill_group
 from targets.request import AccuracyTask, LogitsTask, Reply, Request, SuiteTask
@@ -59,6 +62,7 @@ class FarOptions(Limits):
     """Where it works on the device, and how long a connection may take to answer."""
 
     python: str = Field("python3", min_length=1)  # with numpy, pydantic, psutil and the runtime's package
+    runner: Path | None = None  # a program of ours in place of that Python: `runner REQUEST REPLY`
     folder: str = Field("/tmp", min_length=1)
     answer_s: float = Field(30.0, gt=0)  # of a short command
 
@@ -94,11 +98,20 @@ def quoted(path: PurePath) -> str:
     return shlex.quote(str(path))
 
 
-def run_for(command: Sequence[str], patience_s: float, stdin: Path | None = None, stdout: Path | None = None) -> Ended:
-    """A local command that ends by itself, or is ended with its group when patience does."""
+def run_for(
+    command: Sequence[str],
+    patience_s: float,
+    stdin: Path | None = None,
+    stdout: Path | None = None,
+    both: bool = False,
+) -> Ended:
+    """A local command that ends by itself, or is ended with its group when patience does.
+
+    `both` is for commands that write their errors to standard output.
+    """
     with contextlib.ExitStack() as files, tempfile.TemporaryFile() as stderr:
         given = files.enter_context(stdin.open("rb")) if stdin else subprocess.DEVNULL
-        taken = files.enter_context(stdout.open("wb")) if stdout else subprocess.DEVNULL
+        taken = files.enter_context(stdout.open("wb")) if stdout else stderr if both else subprocess.DEVNULL
         process = subprocess.Popen(command, stdin=given, stdout=taken, stderr=stderr, start_new_session=True)
         stopped = None
         try:
@@ -134,7 +147,7 @@ class FarConnection:
         self._guardian: subprocess.Popen[bytes] | None = None
         try:
             self._folder = self._guarded()
-            self._put([(p, f"src/{name}") for p, name in _sources()], self._folder, "lilliput's sources")
+            self._push_worker()
         except BaseException:
             self.close()
             raise
@@ -143,7 +156,19 @@ class FarConnection:
     def name(self) -> str:
         return self._transport.name
 
+    def _push_worker(self) -> None:
+        runner = self._options.runner
+        if runner is None:
+            self._put([(path, f"src/{name}") for path, name in sources()], self._folder, "lilliput's sources")
+            return
+        if not runner.is_file():
+            raise InputError(f"runner {runner}: no such file, wanted a program that is built for {self.name}")
+        self._put([(runner, "src/runner")], self._folder, "the runner")
+        self._shell(f"chmod 755 {quoted(self._folder)}/src/runner", "the runner")
+
     def probe(self) -> Probe:
+        if self._options.runner is not None:
+            return self._probe_by_shell()
         python, folder, too_old = (
             self._options.python,
             quoted(self._folder),
@@ -157,6 +182,12 @@ class FarConnection:
         ended = run_for(self._transport.shell(script), self._options.answer_s, stdout=answer)
         self._check(ended, "asking what it is")
         return Probe.model_validate_json(answer.read_text().splitlines()[-1])
+
+    def _probe_by_shell(self) -> Probe:
+        answer = Path(self._scratch.name) / "probe.txt"
+        script = shell_probe.SCRIPT.format(folder=quoted(self._folder))
+        self._check(run_for(self._transport.shell(script), self._options.answer_s, stdout=answer), "asking what it is")
+        return shell_probe.parse(answer.read_text(errors="replace"), self.name)
 
     def push(self, path: Path) -> PurePosixPath:
         """A folder goes with the files that are in it, not those in folders below, but for the sources' own."""
@@ -275,9 +306,10 @@ class FarConnection:
     def _worker(self, asked: _Asked) -> str:
         """The shell stays, so that its status tells a kill from a broken connection; it leads the group."""
         python, folder = self._options.python, quoted(asked.folder)
+        worker = f"{python} -X faulthandler -m targets.worker" if self._options.runner is None else "./runner"
         return (
             f"echo $$ > {quoted(asked.pid_file)} && cd {quoted(self._folder)}/src && export OPENBLAS_NUM_THREADS=1 && "
-            f"{python} -X faulthandler -m targets.worker {folder}/request.json {folder}/reply.json; exit $?"
+            f"{worker} {folder}/request.json {folder}/reply.json; exit $?"
         )
 
     def _stop(self, asked: _Asked) -> None:
@@ -289,7 +321,7 @@ class FarConnection:
         try:
             self.pull(asked.folder / "reply.json", here)
         except MeasurementError:
-            self._check_lost()
+            self._check_lost(request=asked.request)
             return None
         return Reply.model_validate_json(here.read_bytes())
 
@@ -338,7 +370,7 @@ class FarConnection:
         if ended.status == TOO_OLD:
             return f"{python} is older than 3.11 there: give the device a newer `python`"
         if ended.status == 127:
-            return f"there is no {python}: install Python 3.11 there, or give the device its path as `python`"
+            return f"there is no {python}: install Python 3.11 there, or give its path as `python`, or a `runner`"
         if "No module named" in ended.stderr:
             return f"{ended.last_words}: there, run {python} -m pip install numpy pydantic psutil and the runtime"
         last = f": {ended.last_words}" if ended.last_words else ""
@@ -366,7 +398,7 @@ def _ends(process: subprocess.Popen[bytes], patience_s: float) -> bool:
     return process.returncode is not None
 
 
-def _sources() -> list[tuple[Path, str]]:
+def sources() -> list[tuple[Path, str]]:
     """Files and their names below src/: all that the worker and our runtimes' modules import of ours."""
     from lilliput import fingerprint
     from lilliput.listing import ROOT

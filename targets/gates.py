@@ -16,9 +16,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lilliput.results import Accuracy, Gate, GateResult, Generation, Interval, Latency, Memory, Metric, SuiteFigures
+from lilliput.results import (
+    Accuracy,
+    Gate,
+    GateResult,
+    Generation,
+    Instructions,
+    Interval,
+    Latency,
+    Memory,
+    Metric,
+    SuiteFigures,
+)
 
-Part = Literal["accuracy", "latency", "exact", "suites"]  # what a worker measures
+Part = Literal["accuracy", "latency", "exact", "suites", "instructions"]  # what a worker measures
 
 EXACT_STEP_KLD_MAX = 1e-4
 LATENCY_METRICS: frozenset[Metric] = frozenset(
@@ -47,6 +58,7 @@ class Figures:
     exact_step_kld: float | None
     shipped_step_kld: float | None
     missing: Mapping[Part, str]
+    instructions: Instructions | None = None
     suites: SuiteFigures | None = None
 
     def slices(self) -> dict[str, Figure]:
@@ -62,6 +74,9 @@ class Figures:
             return Figure(_attribute(self.latency, metric), None, self._why("latency"), unstable)
         if metric == "peak_rss_mb":
             return Figure(self.memory.peak_rss_bytes / 1e6 if self.memory else None, None, self._why("latency"))
+        if metric == "instructions_per_token":
+            value = self.instructions.per_token if self.instructions else None
+            return Figure(value, None, self.missing.get("instructions", "not counted: the device is no emulator"))
         if metric == "size_mb":
             return Figure(self.size_bytes / 1e6)
         if metric == "exact_step_kld":
@@ -137,6 +152,18 @@ def generation_gate(
         return GateResult(name="generation", kind="min", limit=limit, value=distinct, verdict="PASS", note=note)
     result = judge("generation", "min", limit, Figure(distinct))
     note = "" if result.verdict == "PASS" else f"says {generation.text!r} after {generation.prompt!r}"
+    return result.model_copy(update={"note": note})
+
+
+def dot_product_gate(found: Instructions | None, missing: str) -> GateResult:
+    """A runtime with low-bit weights uses the dot product of a processor that has it."""
+    if found is None:
+        return judge("dot_product", "min", 1, Figure(None, missing=missing))
+    result = judge("dot_product", "min", 1, Figure(found.dot_per_token + found.mmla_per_token))
+    note = "" if result.verdict == "PASS" else (
+        f"no SDOT, UDOT or MMLA in {found.tokens} decoded tokens on a processor that has them: "
+        "the runtime's build, or its choice of kernels, lacks the dot product"
+    )  # fmt: skip
     return result.model_copy(update={"note": note})
 
 

@@ -18,6 +18,7 @@ from lilliput.errors import MissingError
 from lilliput.results import Host
 
 CPUINFO = Path("/proc/cpuinfo")
+DEVICE_TREE = Path("/proc/device-tree/model")
 CGROUP = Path("/sys/fs/cgroup")
 
 # Extensions that kernels of the runtimes choose by.
@@ -31,12 +32,11 @@ ISA = (
 def describe(device: str) -> Host:
     """The description that manifests and reports hold."""
     fields = _cpuinfo()
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return Host(
         device=device,
         cpu=_cpu_name(fields),
         architecture=platform.machine(),
-        isa=tuple(name for name in ISA if name in flags),
+        isa=extensions(fields),
         cores=usable_cores(),
         logical_cores=os.cpu_count() or 1,
         memory_bytes=memory_limit_bytes(),
@@ -47,16 +47,26 @@ def describe(device: str) -> Host:
 
 def _cpuinfo() -> dict[str, str]:
     """Fields of the first processor; empty where the system has no such file."""
-    if not CPUINFO.exists():
-        return {}
-    first = CPUINFO.read_text().split("\n\n")[0].splitlines()
-    pairs = (line.split(":", 1) for line in first if ":" in line)
+    return cpuinfo_fields(CPUINFO.read_text()) if CPUINFO.exists() else {}
+
+
+def cpuinfo_fields(text: str) -> dict[str, str]:
+    """Fields of the first processor in the text of /proc/cpuinfo."""
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
+
+
+def extensions(fields: dict[str, str]) -> tuple[str, ...]:
+    """Those of ISA that a processor's fields name."""
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return tuple(name for name in ISA if name in flags)
 
 
 def _cpu_name(fields: dict[str, str]) -> str:
     if "model name" in fields:
         return fields["model name"]
+    if DEVICE_TREE.exists():  # boards: "Raspberry Pi 5 Model B Rev 1.0"
+        return DEVICE_TREE.read_text().rstrip("\0\n")
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lilliput.artifact import Artifact
-from lilliput.results import Conditions, Latency, Memory, Record
+from lilliput.results import Conditions, Instructions, Latency, Memory, Record
 
 
 class ArtifactReference(Record):
@@ -74,6 +74,14 @@ class LatencyTask(Record):
     budget_s: float = 30.0  # of all blocks: steps, then blocks are left out beyond it
 
 
+class CountTask(Record):
+    """Decode some tokens between two marks that an emulator counts instructions by; on one thread."""
+
+    kind: Literal["count"] = "count"
+    tokens: tuple[int, ...]  # the prompt, then those that are decoded
+    steps: int
+
+
 class GenerateTask(Record):
     """Decode greedily after a prompt until a stop token."""
 
@@ -92,7 +100,9 @@ class SuiteTask(Record):
     answers_out: Path  # .json
 
 
-Task = Annotated[AccuracyTask | LogitsTask | LatencyTask | GenerateTask | SuiteTask, Field(discriminator="kind")]
+Task = Annotated[
+    AccuracyTask | LogitsTask | LatencyTask | CountTask | GenerateTask | SuiteTask, Field(discriminator="kind")
+]
 
 
 class Request(Record):
@@ -123,6 +133,7 @@ class Reply(Record):
     metrics: Path | None = None  # what an accuracy task wrote
     logits: Path | None = None  # what a logits task wrote
     latency: LatencyReply | None = None
+    instructions: Instructions | None = None  # of a count task, where the device counts
     generated: tuple[int, ...] | None = None
     answers: Path | None = None  # what a suite task wrote
     error: str | None = None

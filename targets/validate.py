@@ -34,6 +34,7 @@ from targets.reference import EvaluationSet, Logits
 from targets.request import (
     AccuracyTask,
     ArtifactReference,
+    CountTask,
     GenerateTask,
     LatencyTask,
     Reply,
@@ -66,6 +67,7 @@ class Candidate:
     read: Callable[[], ladder.Read]
     exact: Artifact | None = None
     exact_missing: str = "the exporter wrote no exact twin"
+    low_bit: bool = True  # some matrices are quantized
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +111,7 @@ class Protocol:
     shallow_tokens: int = 16  # the first depth; the second is half the context
     blocks: int = 4
     steps: int = 32
+    counted_steps: int = 4  # decoded by an emulator that counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +135,8 @@ class _Measured:
             "latency": self.speed_missing or self.untimed,
             "suites": self.suites_missing,
         }
+        if self.untimed and self.speed.instructions is None:
+            reasons["instructions"] = self.speed_missing or "the emulator does not count them (QEMU 7.2 to 8.2 do)"
         return {part: why for part, why in reasons.items() if why}
 
 
@@ -209,12 +214,17 @@ def _measure(
     scored = score(subjects, place.runtime, task, place.at.run, slots, _share(progress, 0, 95))
     exact = scored.get("exact", Scored(None, candidate.exact_missing))
     untimed = f"not measured: emulated by {seen.host.emulated}" if seen.host.emulated else ""
-    timed = () if untimed else (_latency_task(candidate.artifact, references.evaluation, protocol),)
+    text = references.evaluation.tokens.ravel().tolist()
+    speed = (
+        _count_task(candidate.artifact, text, protocol)
+        if untimed
+        else _latency_task(candidate.artifact, text, protocol)
+    )
     request = Request(
         artifact=ArtifactReference.of(candidate.artifact),
         runtime=place.runtime,
-        threads=threads,
-        tasks=(*timed, _generate_task(candidate.artifact, smoke)),
+        threads=1 if untimed else threads,
+        tasks=(speed, _generate_task(candidate.artifact, smoke)),
     )
     try:
         return _Measured(scored["shipped"], exact, place.at.run(request, _share(progress, 95, 100)), untimed=untimed)
@@ -270,12 +280,18 @@ def _accuracy_task(references: References, folder: Path) -> AccuracyTask:
     )
 
 
-def _latency_task(artifact: Artifact, evaluation: EvaluationSet, protocol: Protocol) -> LatencyTask:
+def _count_task(artifact: Artifact, text: list[int], protocol: Protocol) -> CountTask:
+    steps = min(protocol.counted_steps, artifact.context - 1)
+    length = min(protocol.shallow_tokens + steps, artifact.context)
+    return CountTask(tokens=tuple((text * -(-length // len(text)))[:length]), steps=steps)
+
+
+def _latency_task(artifact: Artifact, text: list[int], protocol: Protocol) -> LatencyTask:
     """Depths and prompt shrink with a small context, so that every step fits into the cache."""
     room = artifact.context - protocol.steps
     depths = sorted({max(1, min(depth, room)) for depth in (protocol.shallow_tokens, artifact.context // 2)})
     prompt = max(1, min(protocol.prompt_tokens, artifact.context))
-    longest, text = max(*depths, prompt), evaluation.tokens.ravel().tolist()
+    longest = max(*depths, prompt)
     return LatencyTask(
         tokens=tuple((text * -(-longest // len(text)))[:longest]),
         prompt_tokens=prompt,
@@ -308,6 +324,7 @@ def _result(
         gates.read_back_gate(len(read_back.differing), read_back.note),
         gates.exact_gate(figures),
         _generation_gate(generation, smoke, measured),
+        *_dot_product_gate(candidate, seen, measured),
         *gates.judge_all(limits, figures),
     )
     return TargetResult(
@@ -320,6 +337,7 @@ def _result(
         artifact=_artifact_figures(candidate.artifact),
         latency=figures.latency,
         memory=figures.memory,
+        instructions=measured.speed.instructions,
         conditions=measured.speed.latency.conditions if measured.speed.latency else None,
         accuracy=figures.accuracy,
         ladder=rungs,
@@ -354,6 +372,7 @@ def _figures(artifact: Artifact, measured: _Measured) -> gates.Figures:
         shipped_step_kld=shipped.mean_step_kld if shipped else None,
         missing=measured.missing,
         suites=measured.suites,
+        instructions=measured.speed.instructions,
     )
 
 
@@ -366,6 +385,13 @@ def _generation_gate(generation: Generation | None, smoke: Smoke, measured: _Mea
     broken = generation is not None and not gates.speaks(generation.tokens)
     float_tokens = smoke.float_tokens() if broken and smoke.float_tokens else None
     return gates.generation_gate(generation, measured.speed_missing, float_tokens)
+
+
+def _dot_product_gate(candidate: Candidate, seen: Probe, measured: _Measured) -> list[GateResult]:
+    """On an emulated processor that has the dot product; a model in float needs none."""
+    if not measured.untimed or "asimddp" not in seen.host.isa or not candidate.low_bit:
+        return []
+    return [gates.dot_product_gate(measured.speed.instructions, measured.missing.get("instructions", ""))]
 
 
 def _notes(measured: _Measured, figures: gates.Figures) -> tuple[str, ...]:

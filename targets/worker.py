@@ -9,7 +9,9 @@ outside or crashed, and there may be no reply.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -27,6 +29,7 @@ from lilliput.progress import Progress
 from targets.base import Runtime, Session
 from targets.request import (
     AccuracyTask,
+    CountTask,
     GenerateTask,
     LatencyTask,
     LogitsTask,
@@ -38,6 +41,7 @@ from targets.request import (
 )
 
 PROGRESS_EVERY_S = 0.2
+MARK = 0x5EED
 
 
 def main() -> int:
@@ -101,6 +105,9 @@ class _Work:
             answered = answers.compare_all(self._session, questions, task.reference, self._progress)
             answers.save_answers(answered, task.answers_out)
             return reply.model_copy(update={"answers": task.answers_out})
+        if isinstance(task, CountTask):
+            count(self._session, task)
+            return reply
         assert isinstance(task, GenerateTask)
         return reply.model_copy(update={"generated": generate(self._session, task)})
 
@@ -108,6 +115,23 @@ class _Work:
         if self._session is not None:
             self._session.close()
             self._session = None
+
+
+def count(session: Session, task: CountTask) -> None:
+    """Decode the last `steps` tokens between the marks 1 and 2 (targets/devices/arm/count.c).
+
+    Python's collector would come when it will: it is off meanwhile, so that the counts repeat.
+    """
+    mark = ctypes.CDLL(None).getpriority
+    session.reset()
+    session.prefill(task.tokens[: -task.steps])
+    gc.collect()
+    gc.disable()
+    mark(MARK, 1)
+    for token in task.tokens[-task.steps :]:
+        session.decode(token)
+    mark(MARK, 2)
+    gc.enable()
 
 
 def generate(session: Session, task: GenerateTask) -> tuple[int, ...]:

@@ -69,7 +69,12 @@ def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progre
     exporter: Exporter = registry.load("exporters", target.exporter.name)()
     twin, missing = _exact_twin(model, held, target, folder / "exact")
     candidate = Candidate(
-        target.name, artifact, lambda: exporter.read(artifact), twin, missing or "the exporter wrote no exact twin"
+        target.name,
+        artifact,
+        lambda: exporter.read(artifact),
+        twin,
+        missing or "the exporter wrote no exact twin",
+        low_bit=bool(model.quantized),
     )
     device, options = device_of(target.device)
     evaluation = EvaluationSet.load(held.evaluation)
@@ -173,7 +178,7 @@ def _figures(result: TargetResult) -> Figures:
     from targets.gates import Figures
 
     steps = {rung.rung: rung.step_kld for rung in result.ladder}
-    parts: tuple[Part, ...] = ("accuracy", "latency", "exact", "suites")
+    parts: tuple[Part, ...] = ("accuracy", "latency", "exact", "suites", "instructions")
     notes = {part: note.removeprefix(f"{part}: ") for part in parts for note in result.notes if note.startswith(part)}
     return Figures(
         accuracy=result.accuracy,
@@ -184,4 +189,5 @@ def _figures(result: TargetResult) -> Figures:
         exact_step_kld=steps.get("exact"),
         shipped_step_kld=steps.get("shipped"),
         missing=notes,
+        instructions=result.instructions,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import ClassVar
 
@@ -57,15 +58,19 @@ class HostConnection:
         return path
 
     def run(self, request: Request, progress: Progress = silent) -> Reply:
+        return self.answer(request, WORKER, progress)
+
+    def answer(self, request: Request, worker: Sequence[str], progress: Progress, device: str = "host") -> Reply:
+        """What a worker that is started so replies."""
         with tempfile.TemporaryDirectory(prefix="lilliput-") as name:
             folder = Path(name)
             asked, answered = folder / "request.json", folder / "reply.json"
             asked.write_text(request.model_dump_json())
-            command = [*WORKER, str(asked), str(answered)]
+            command = [*worker, str(asked), str(answered)]
             ended = follow(command, folder / "stderr.txt", self._options, progress, ENVIRONMENT)
             reply = Reply.model_validate_json(answered.read_bytes()) if answered.exists() else None
         free = f"{machine.available_memory_bytes() / 1e9:.1f} GB are available now"
-        return outcome.judged(request, ended, reply, free)
+        return outcome.judged(request, ended, reply, free, device)
 
     def pull(self, there: PurePath, here: Path) -> None:
         shutil.copyfile(there, here)
