@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from lilliput import figures
 from lilliput.ladder import Step, costliest, steps
 from lilliput.report import Coverage, Report
+from lilliput.report_device import device_rows
 from lilliput.report_table import (
     ALLOCATED,
     SLICES,
@@ -204,7 +205,8 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         ("memory", f"{figures.number(host.memory_bytes / 2**30)} GiB"),
         ("system", f"{host.system}, Python {host.python}"),
     ]
-    return [("Model", model), ("Run", run), ("Texts", _texts(report)), ("Measured on", machine)]
+    devices = [(f"Device of {target.name}", rows) for target in report.targets if (rows := device_rows(target))]
+    return [("Model", model), ("Run", run), ("Texts", _texts(report)), ("Measured on", machine), *devices]
 
 
 def _texts(report: Report) -> list[tuple[str, str]]:

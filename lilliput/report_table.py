@@ -9,6 +9,7 @@ from lilliput import figures
 from lilliput.allocated import Allocation, classes, ranges
 from lilliput.ladder import guilty, steps
 from lilliput.report import Coverage, Report, Slice, TriedRung
+from lilliput.report_device import device_rows
 from lilliput.results import GateResult, RungName, SuiteFigures, TargetResult
 
 COLUMNS = ("target", "verdict", "size", "decode", "prefill", "TTFT", "peak RSS", "mean KLD", "top-1", "perplexity")
@@ -103,6 +104,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield from _allocation(allocation)
     yield _provenance(report)
     yield from _coverage(report)
+    yield from _devices(report)
     notes = [*report.notes, *(f"{t.name}: {note}" for t in report.targets for note in t.notes)]
     if notes:
         yield from ("", "What was proven, refused, or kept in float:", "")
@@ -236,6 +238,14 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
     titles = list(head)
     for row in (titles, ["---", "---", *["---:"] * (len(titles) - 2)], *rows):
         yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+
+
+def _devices(report: Report) -> Iterator[str]:
+    """What the devices' sensors said, and what they lack."""
+    rows = [(t.name, what, value) for t in report.targets for what, value in device_rows(t)]
+    if rows:
+        yield from ("", "What the devices said of themselves while they were measured:", "")
+        yield from _table(("target", "what", "value"), rows)
 
 
 def _coverage(report: Report) -> Iterator[str]:

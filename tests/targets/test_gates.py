@@ -12,6 +12,7 @@ from lilliput.results import (
     DepthLatency,
     Gate,
     Generation,
+    Instructions,
     Interval,
     Latency,
     Memory,
@@ -24,6 +25,7 @@ from lilliput.results import (
 from targets.gates import (
     Figure,
     Figures,
+    dot_product_gate,
     exact_gate,
     generation_gate,
     judge,
@@ -50,10 +52,14 @@ SUITES = SuiteFigures(slices=(SLICE, SLICE.model_copy(update={"name": "tools", "
 FIGURES = Figures(
     accuracy=ACCURACY, latency=LATENCY, memory=Memory(peak_rss_bytes=300_000_000, baseline_rss_bytes=50_000_000),
     size_bytes=92_000_000, exact_step_kld=1e-6, shipped_step_kld=1e-3, missing={}, suites=SUITES,
+    instructions=Instructions(tokens=4, per_token=5e7, dot_per_token=8e6, mmla_per_token=0, fma_per_token=1e5),
 )  # fmt: skip
 NOTHING = Figures(
     accuracy=None, latency=None, memory=None, size_bytes=1, exact_step_kld=None, shipped_step_kld=None,
-    missing={"accuracy": "it crashed", "latency": "it hung", "exact": "no twin", "suites": "it crashed"},
+    missing={
+        "accuracy": "it crashed", "latency": "it hung", "exact": "no twin", "suites": "it crashed",
+        "instructions": "not counted",
+    },
 )  # fmt: skip
 
 
@@ -88,7 +94,17 @@ def test_every_metric_has_its_figure_and_its_reason_where_it_has_none(metric: Me
     if metric != "size_mb":
         missing = judge_all([Gate(metric=metric, max=1e12)], NOTHING)[0]
         assert missing.verdict == "INCONCLUSIVE"
-        assert any(why in missing.note for why in ("crashed", "hung", "no twin"))
+        assert any(why in missing.note for why in ("crashed", "hung", "no twin", "not counted"))
+
+
+def test_a_build_without_the_dot_product_fails() -> None:
+    assert FIGURES.instructions is not None
+    assert dot_product_gate(FIGURES.instructions, "").verdict == "PASS"
+    plain = FIGURES.instructions.model_copy(update={"dot_per_token": 0.0})
+    assert dot_product_gate(plain, "").verdict == "FAIL"
+    assert "lacks the dot product" in dot_product_gate(plain, "").note
+    assert dot_product_gate(plain.model_copy(update={"mmla_per_token": 2.0}), "").verdict == "PASS"
+    assert dot_product_gate(None, "it hung").verdict == "INCONCLUSIVE"
 
 
 def test_units() -> None:
