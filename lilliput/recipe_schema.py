@@ -109,8 +109,7 @@ def _read_device(value: object) -> object:
     """`ssh://pi@board` is short for {name: ssh, address: pi@board}."""
     if not isinstance(value, str) or "://" not in value:
         return value
-    name, _, address = value.partition("://")
-    return {"name": name, "address": address}
+    return dict(zip(("name", "address"), value.split("://", 1), strict=True))
 
 
 def _known(kind: registry.Kind) -> AfterValidator:
@@ -151,7 +150,6 @@ RuntimeRef = Annotated[Plugin, _REFERENCE, _known("runtimes"), WithJsonSchema({"
 DeviceRef = Annotated[
     Plugin, _REFERENCE, BeforeValidator(_read_device), _known("devices"), WithJsonSchema({"plugin": "devices"})
 ]
-BoardName = Annotated[str, AfterValidator(_board_name)]
 GridName = Annotated[str, AfterValidator(_grid_name), Field(examples=[*COMMON_GRIDS, *GGUF_GRIDS, FLOAT])]
 
 
@@ -408,7 +406,7 @@ class Target(Strict):
     exporter: ExporterRef
     runtime: RuntimeRef
     device: DeviceRef = Plugin(name="host")
-    board: BoardName | None = None  # what the device is, or stands for: checked against it, and its roofline is shown
+    board: Annotated[str, AfterValidator(_board_name)] | None = None  # what the device is, or stands for
     threads: int | None = Field(default=None, ge=1)  # default: the device's physical cores
     quantize: Quantize | None = None
     recover: Recover | None = None
