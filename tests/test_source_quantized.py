@@ -12,7 +12,7 @@ import tiny_models
 import tiny_quantized
 from tiny_quantized import Grouped, Tensors, random_grouped
 
-from lilliput import source
+from lilliput import decoder, source
 from lilliput.errors import SourceError
 from lilliput.grid import QuantizedTensor
 from lilliput.model import role_of
@@ -278,17 +278,23 @@ def test_an_awq_folder_loads(llama_folder: Path, tmp_path: Path) -> None:
     assert_holds(model.codes["layers.1.mlp.up"], wanted, "int4-b32-zp-f16")
 
 
-def test_a_compressed_tensors_folder_loads(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_compressed_tensors_folder_computes_what_transformers_makes_of_it(llama_folder: Path, tmp_path: Path) -> None:
+    """transformers reads it by the format's own library, which needs no GPU; the decoder gets our reading."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     def pack(matrix: np.ndarray, seed: int) -> Tensors:
         return tiny_quantized.compressed(matrix, bits=4, size=32, symmetric=True)[0]
 
     _, settings, _ = tiny_quantized.compressed(weight(), bits=4, size=32, symmetric=True)
     folder = tiny_quantized.folder(llama_folder, tmp_path / "ct", settings, pack)
     model = source.load(str(folder), tmp_path / "stage", proof=False)
-    floats = tiny_models.source_of(llama_folder).weights["layers.1.mlp.down"]
-    _, _, wanted = tiny_quantized.compressed(floats, bits=4, size=32, symmetric=True)
-    assert np.array_equal(model.weights["layers.1.mlp.down"], wanted)
     assert model.codes["layers.1.mlp.down"].spec.symmetric
+    tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        wanted, found = theirs(tokens).logits, decoder.build(model)(tokens)
+    assert float((wanted - found).abs().max() / wanted.std()) < 1e-5
 
 
 def test_an_nf4_folder_loads_and_says_why_its_codes_stay_behind(llama_folder: Path, tmp_path: Path) -> None:

@@ -150,7 +150,10 @@ def compressed(
         "weights": {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy,
                     "group_size": size},
     }  # fmt: skip
-    settings = {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
+    settings = {
+        "quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group},
+        "ignore": ["lm_head"], "quantization_status": "compressed",
+    }  # fmt: skip
     return {end: tensor.numpy() for end, tensor in packed.items()}, settings, wanted
 
 
