@@ -1,8 +1,9 @@
-"""The report of one run: report.json for programs, report.md for a README, report.html for a person.
+"""The report of one run: report.json for programs, report.md for a README, report.html for a person,
+report.junit.xml for CI.
 
 `Report` is what `pipeline` fills and what report.json holds, field by field. A figure that was not measured
-is null, and a note says why. The three files are written atomically (a temporary name, then rename), the
-JSON last: who finds a report.json finds all three.
+is null, and a note says why. The files are written atomically (a temporary name, then rename), the
+JSON last: who finds a report.json finds all.
 """
 
 from __future__ import annotations
@@ -146,13 +147,15 @@ def load(path: Path) -> Report:
 
 
 def write(report: Report, out: Path) -> None:
-    """Write report.html, report.md and report.json into `out` (made if absent)."""
+    """Write report.html, report.md, report.junit.xml and report.json into `out` (made if absent)."""
+    from lilliput.report_junit import junit
     from lilliput.report_page import html
     from lilliput.report_table import markdown
 
     contents = {
         "report.html": html(report),
         "report.md": markdown(report),
+        "report.junit.xml": junit(report),
         "report.json": report.model_dump_json(indent=2) + "\n",
     }
     try:

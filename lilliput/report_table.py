@@ -33,10 +33,11 @@ def headline(report: Report) -> str:
 
 def reasons(target: TargetResult) -> list[str]:
     """Why a target does not pass: each gate in question, and the rung where its loss is."""
-    return [_reason(target, gate) for gate in target.gates if gate.verdict != "PASS"]
+    return [reason(target, gate) for gate in target.gates if gate.verdict != "PASS"]
 
 
-def _reason(target: TargetResult, gate: GateResult) -> str:
+def reason(target: TargetResult, gate: GateResult) -> str:
+    """What a gate saw and wanted, and the rung where the loss is."""
     seen = figures.metric(gate.name, gate.value) if gate.value is not None else "not measured"
     text = f"{gate.name} is {seen}, wanted {figures.limit(gate)}"
     if gate.note:

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from lilliput import embedded, manifest, provenance, registry
+from lilliput import embedded, manifest, provenance
 from lilliput import graph as graphs
 from lilliput.errors import ArtifactError, MissingError, MissingPackageError, SourceError
 from lilliput.estimate import estimate
 from lilliput.graph import Graph, Stage, TargetStages
 from lilliput.manifest import Manifest
 from lilliput.pipeline import Work
-from lilliput.planning import check_target, config_of, host_of, source_sha256
+from lilliput.planning import check_target, config_of, source_sha256
 from lilliput.recipe_schema import Recipe
 from lilliput.results import Record
 from lilliput.run import PlannedStage, Watcher
@@ -132,7 +132,7 @@ def _rebuild(
 ) -> tuple[str, ...]:
     """The files that come out the same."""
     recipe = _recipe(described, model)
-    graph = graphs.build(recipe, _source_sha256(recipe), host_of(recipe))
+    graph = graphs.build(recipe, _source_sha256(recipe), host="")
     (stages,) = graph.targets
     check_target(stages, config_of(recipe))
     order = tuple(stage for stage in graph.order if stage in set(_ancestry(stages.export)))
@@ -194,6 +194,8 @@ def _check_disk(recipe: Recipe, order: tuple[Stage, ...], scratch: Path) -> None
 
 def _explanations(described: Manifest, stages: TargetStages, told: Mapping[str, str]) -> Iterator[str]:
     """What is not as it was, of all that bytes depend on."""
+    from targets import machine
+
     if told.get(provenance.SOLVED) == described.provenance.get(provenance.SOLVED):
         yield "the weights come out the same: what differs is around them"
     before = json.loads(described.provenance.get(provenance.TOOLS, "{}"))
@@ -205,9 +207,11 @@ def _explanations(described: Manifest, stages: TargetStages, told: Mapping[str, 
         yield f"other versions: {', '.join(moved)}"
     if described.stages.get(stages.export.name) != stages.export.key and not moved:
         yield "Lilliput's code, or a text that the recipe names, is not what it was"
-    host = registry.load("devices", described.recipe.targets[0].device.name)().describe()
-    if (host.cpu, host.cores, host.isa) != (described.host.cpu, described.host.cores, described.host.isa):
-        yield f"another machine: {described.host.cpu}, {described.host.cores} cores → {host.cpu}, {host.cores} cores"
+    here = machine.describe("host")
+    if described.host.device == "host" and (here.cpu, here.cores, here.isa) != (
+        described.host.cpu, described.host.cores, described.host.isa
+    ):  # fmt: skip
+        yield f"another machine: {described.host.cpu}, {described.host.cores} cores → {here.cpu}, {here.cores} cores"
     training = described.recipe.recover_of(described.recipe.targets[0])
     if training is not None and training.minutes is not None:
         yield f"its training ended after {training.minutes:g} minutes, by the clock: it does not repeat (give steps)"

@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree as Xml
 
 import pytest
 from sample_report import failing, inconclusive, ladder, latency, passing, report, target
@@ -14,6 +15,7 @@ from lilliput import figures
 from lilliput.errors import ArtifactError, OutputError
 from lilliput.ladder import costliest, guilty, steps
 from lilliput.report import Report, load, write
+from lilliput.report_junit import junit
 from lilliput.report_page import html
 from lilliput.report_table import headline, markdown, reasons
 from lilliput.results import Rung
@@ -73,7 +75,38 @@ def test_written_report_reads_back(tmp_path: Path) -> None:
     write(report(), tmp_path / "new")
     assert load(tmp_path / "new") == report()
     assert load(tmp_path / "new" / "report.json") == report()
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.html", "report.json", "report.md"]
+    names = ["report.html", "report.json", "report.junit.xml", "report.md"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == names
+
+
+def test_ci_sees_a_suite_a_target_and_a_case_a_gate(tmp_path: Path) -> None:
+    made = report(passing(), failing(), inconclusive())
+    write(made, tmp_path)
+    root = Xml.parse(tmp_path / "report.junit.xml").getroot()
+    suites = {suite.get("name"): suite for suite in root}
+    assert list(suites) == [target.name for target in made.targets]
+    assert root.get("tests") == str(sum(len(target.gates) for target in made.targets))
+    for one in made.targets:
+        suite = suites[one.name]
+        assert [len(suite.findall(f"testcase/{tag}")) for tag in ("failure", "error")] == [
+            sum(gate.verdict == verdict for gate in one.gates) for verdict in ("FAIL", "INCONCLUSIVE")
+        ]
+        assert (suite.get("failures"), suite.get("errors")) == (
+            str(len(suite.findall("testcase/failure"))),
+            str(len(suite.findall("testcase/error"))),
+        )
+    messages = [found.get("message") for found in root.iter("failure")]
+    assert messages
+    assert set(messages) <= {text for target in made.targets for text in reasons(target)}
+    assert int(root.get("failures", 0)) > 0
+    assert int(root.get("errors", 0)) > 0
+
+
+def test_ci_gets_well_formed_xml_whatever_a_model_says() -> None:
+    said = passing().gates[0].model_copy(update={"verdict": "FAIL", "note": "says 'a\x00\x1b<b>&\ufffe'"})
+    root = Xml.fromstring(junit(report(passing().model_copy(update={"gates": (said,)}))))
+    (failure,) = root.iter("failure")
+    assert "<b>&" in (failure.text or "")
 
 
 def test_the_report_says_what_calibration_holds_of_what_is_judged() -> None:
@@ -112,7 +145,7 @@ def test_an_interrupted_write_keeps_the_old_report(tmp_path: Path, monkeypatch: 
         write(report(failing()), tmp_path)
     monkeypatch.undo()
     assert load(tmp_path) == report(passing())
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_page_is_whole_and_asks_nothing_of_a_network() -> None:
