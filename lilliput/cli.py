@@ -105,6 +105,7 @@ def validate(
 ) -> None:
     """Prove an artifact again on this machine, by the gates of its manifest."""
     from lilliput import pipeline, terminal
+    from lilliput.run import EXIT_CODES
     from lilliput.terminal_progress import Countdown
 
     with Countdown("validate") as progress:
@@ -113,7 +114,7 @@ def validate(
         typer.echo(result.model_dump_json(indent=2))
     else:
         terminal.show_target(result)
-    raise typer.Exit(terminal.EXIT_CODES[result.verdict])
+    raise typer.Exit(EXIT_CODES[result.verdict])
 
 
 @app.command()
@@ -158,10 +159,26 @@ def inspect(
 def compare(
     a: Annotated[Path, typer.Argument(help="The reference: a run's folder, or its report.json.")],
     b: Annotated[Path, typer.Argument(help="The candidate.")],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Two targets' folders: time both here, interleaved.")
+    ] = False,
+    max_rise: Annotated[float, typer.Option(min=0, help="By what share --measure lets time and loss rise.")] = 0.02,
     as_json: Json = False,
 ) -> None:
-    """Compare two runs: size, speed, memory and loss, and whether a difference means anything."""
+    """Compare two runs: size, speed, memory and loss, and whether a difference means anything.
+
+    With --measure the exit code is a verdict: 0 B keeps to --max-rise, 1 it does not, 3 the noise is too large.
+    """
     from lilliput import terminal
+
+    if measure:
+        from lilliput.race import race
+        from lilliput.terminal_progress import Countdown
+
+        with Countdown("compare") as progress:
+            raced = race(a, b, max_rise, progress)
+        typer.echo(raced.model_dump_json(indent=2)) if as_json else terminal.show_race(raced)
+        raise typer.Exit(raced.exit_code)
     from lilliput.compare import compare as difference
 
     found = difference(a, b)

@@ -38,6 +38,9 @@ StageKind = Literal[
 ]
 
 
+EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+
+
 @dataclass(frozen=True)
 class PlannedStage:
     """One stage. Seconds are an estimate of the work that is left: 0 where it is cached."""
@@ -102,7 +105,7 @@ class Run:
 
     @property
     def exit_code(self) -> int:
-        return {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}[self.verdict]
+        return EXIT_CODES[self.verdict]
 
 
 class Watcher(Protocol):

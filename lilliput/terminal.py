@@ -24,14 +24,15 @@ from lilliput.compare import Comparison, Difference
 from lilliput.doctor import Check
 from lilliput.escalation import Rung
 from lilliput.inspection.found import Inspection
+from lilliput.race import Race
 from lilliput.report import Report, TriedRung
 from lilliput.report_table import COLUMNS, TRIED_COLUMNS, cells, headline, reasons, tried
-from lilliput.results import TargetResult, Verdict
+from lilliput.results import TargetResult
 from lilliput.run import Plan, Run
 from lilliput.sweep import Sweep
 from lilliput.verify import Verification
+from targets.paired import Judgement
 
-EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 CHECK_COLOURS = {"ok": "green", "warning": "yellow", "missing": "bold red"}
 GIB = 2**30
@@ -244,6 +245,29 @@ def show_comparison(found: Comparison) -> None:
         out.print(f"({number}) {reason}", markup=False, soft_wrap=True)
     for note in found.notes:
         out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+
+
+def show_race(found: Race) -> None:
+    """Speed and loss of B against A: the ratio, its interval, what it means and the limit's verdict."""
+    out = console()
+    out.print(f"A {found.a}\nB {found.b}", markup=False, soft_wrap=True)
+    made = table("", "A", "B", "B / A", "interval", "B is", f"≤ +{100 * found.max_rise:g} %")
+    speed, loss = found.speed, found.loss
+    a, b = figures.milliseconds(speed.a_ms), figures.milliseconds(speed.b_ms)
+    made.add_row("a decoded token", a, b, *_judged(speed.judgement), _coloured(speed.verdict))
+    made.add_row("mean KLD", "", "", *_judged(loss.judgement), _coloured(loss.verdict))
+    out.print(made)
+    out.print(f"{speed.rounds} rounds, {speed.disturbed} of them disturbed and left out", markup=False)
+    for note in (speed.note, loss.note):
+        if note:
+            out.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+    out.print(f"[{COLOURS[found.verdict]}]{found.verdict}[/]")
+
+
+def _judged(found: Judgement | None) -> tuple[str, str, str]:
+    if found is None:
+        return figures.NONE, figures.NONE, figures.NONE
+    return f"{found.ratio:.3f}", f"{found.low:.3f} to {found.high:.3f}", found.finding
 
 
 def _difference(found: Difference, reasons: Sequence[str]) -> tuple[str, ...]:

@@ -46,11 +46,11 @@ MARK = 0x5EED
 
 def main() -> int:
     """Answer the request; the process's exit status."""
-    lines = _claim_stdout()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    lines = claim_stdout()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     request_path, reply_path = map(Path, sys.argv[1:3])
     request = Request.model_validate_json(request_path.read_bytes())
-    reply = answer(request, _report_to(lines))
+    reply = answer(request, report_to(lines))
     partial = reply_path.with_suffix(".partial")
     partial.write_text(reply.model_dump_json())
     partial.replace(reply_path)
@@ -144,14 +144,15 @@ def generate(session: Session, task: GenerateTask) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _claim_stdout() -> TextIO:
+def claim_stdout() -> TextIO:
     """Standard output for us alone; file descriptor 1 becomes standard error, also for C libraries."""
     ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return ours
 
 
-def _report_to(lines: TextIO) -> Progress:
+def report_to(lines: TextIO) -> Progress:
+    """Progress lines, not too many of them."""
     last_s = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -164,7 +165,7 @@ def _report_to(lines: TextIO) -> Progress:
     return progress
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Wait for the end of standard input, whose other end only the parent holds; take our own children along."""
     while os.read(0, 4096):
         pass
