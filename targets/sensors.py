@@ -41,7 +41,7 @@ LOOKED_FOR: dict[SensorKind, str] = {
     "throttling": "no cooling device of a processor, no vcgencmd",
 }
 PI_BITS = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
-COOLING = re.compile(r"cpu|processor|thermal-|cpufreq", re.IGNORECASE)
+COOLING = re.compile(r"cpu|processor", re.IGNORECASE)  # of cooling devices: not fans, not GPUs
 RAIL = re.compile(r"(\w+)_([AV])\s+\w+\(\d+\)=([\d.]+)[AV]")
 
 Run = Callable[[Sequence[str]], str | None]  # a command's output; None where it is not there or fails

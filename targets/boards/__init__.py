@@ -171,6 +171,6 @@ def differences(board: Board, host: Host) -> str | None:
         return (
             f"{host.device} ({host.cpu}) lacks {', '.join(lacks)} of a {board.name}: its figures are not that board's"
         )
-    if host.cores < board.clusters[0].count:
+    if host.emulated is None and host.cores < board.clusters[0].count:
         return f"{host.device} has {host.cores} cores, a {board.name} {board.cores}: its figures are not that board's"
     return None

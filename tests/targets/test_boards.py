@@ -54,5 +54,7 @@ def test_another_machine_is_not_taken_for_the_board() -> None:
     board = boards.load("raspberry-pi-5")
     assert boards.differences(board, host) is None
     assert "has 2 cores, a Raspberry Pi 5 4" in (boards.differences(board, host.model_copy(update={"cores": 2})) or "")
+    emulated = host.model_copy(update={"cores": 2, "emulated": "QEMU 7.2"})
+    assert boards.differences(board, emulated) is None
     old = host.model_copy(update={"isa": ("asimd",)})
     assert "lacks asimdhp, asimddp of a Raspberry Pi 5" in (boards.differences(board, old) or "")

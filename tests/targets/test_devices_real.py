@@ -1,7 +1,7 @@
 """SmolLM2 in all three formats on every kind of device: one result schema, the same accuracy, the same gates.
 
-A few dozen tokens each. On emulated processors the exact twin is left out: tests/targets/test_arm.py proves it on a
-tiny model, and 135M float32 weights take minutes a token there.
+A few dozen tokens each. On emulated processors the exact twin is left out, for the sake of time:
+tests/targets/test_arm.py proves it on a tiny model.
 """
 
 from __future__ import annotations
