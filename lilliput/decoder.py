@@ -177,7 +177,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=config.attention_bias)
         self.k = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
         self.v = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
-        self.q_norm, self.k_norm = (Norm(config, self.head_dim) if config.qk_norm else None for _ in "qk")
+        self.q_norm = Norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = Norm(config, self.head_dim) if config.qk_norm else None
         self.o = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.output_bias)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +234,8 @@ class Layer(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = Norm(config), Attention(config, index)
         self.mlp_norm, self.mlp = Norm(config), MLP(config)
-        self.attention_post_norm, self.mlp_post_norm = (Norm(config) if config.post_norms else None for _ in "am")
+        self.attention_post_norm = Norm(config) if config.post_norms else None
+        self.mlp_post_norm = Norm(config) if config.post_norms else None
 
     def join(self, h: Tensor, attended: Tensor) -> Tensor:
         """The layer's output, of its input h and its attention's output."""

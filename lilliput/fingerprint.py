@@ -1,7 +1,8 @@
 """What code a stage's result depends on: the sha256 of its modules' sources and of what they import.
 
 Imports are followed through our four packages by reading the sources, those inside functions too; a third-party
-import counts with its installed version. So a change in a solver makes its own stage anew and what comes after it,
+import counts with its installed version, and a package that looks its modules up when it runs
+(`iter_modules(__path__)`) imports them all. So a change in a solver makes its own stage anew and what comes after it,
 and nothing before. A package's `__init__` is part of every module below it; contracts (`base`) count as any other.
 """
 
@@ -99,6 +100,8 @@ def _imports(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             base = _absolute(module, path, node)
             found |= {f"{base}.{a.name}" if _is_module(f"{base}.{a.name}") else base for a in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node).endswith("iter_modules(__path__)"):
+            found |= {f"{module}.{name.stem}" for name in path.parent.glob("[!_]*.py")}
     ours = {name for name in found if name.partition(".")[0] in OURS}
     others = {name.partition(".")[0] for name in found - ours} - set(sys.stdlib_module_names) - {"__future__"}
     return frozenset(ours | others)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from lilliput import fingerprint, listing, registry
+from lilliput import families, fingerprint, listing, registry
 from lilliput.errors import MissingPackageError, RecipeError
 
 KINDS: tuple[registry.Kind, ...] = (
@@ -117,13 +117,7 @@ def test_a_plugin_of_another_distribution_is_found_by_its_entry_point(
 
 def test_a_fingerprint_reaches_what_is_imported_late_and_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     modules, packages = fingerprint.reach(["lilliput.stages.trace"])
-    assert {
-        "lilliput.trace",
-        "lilliput.decoder",
-        "lilliput.model",
-        "lilliput",
-        "lilliput.families.llama",
-    } - modules <= {"lilliput.families.llama"}
+    assert {"lilliput.trace", "lilliput.decoder", "lilliput.model", "lilliput"} <= modules
     assert "exporters.onnx_int4" not in modules
     assert "torch" in packages
     before = fingerprint.fingerprint(["lilliput.stages.trace"])
@@ -131,6 +125,12 @@ def test_a_fingerprint_reaches_what_is_imported_late_and_the_versions(monkeypatc
     assert before != fingerprint.fingerprint(["lilliput.stages.source"])
     monkeypatch.setattr(fingerprint, "version", lambda package: "another")
     assert before != fingerprint.fingerprint(["lilliput.stages.trace"])
+
+
+def test_a_fingerprint_reaches_families_which_are_looked_up_when_it_runs() -> None:
+    modules, _ = fingerprint.reach(["lilliput.stages.source"])
+    assert {f"lilliput.families.{name}" for name in families.known()} <= modules
+    assert "lilliput.rope" in modules
 
 
 def test_a_fingerprint_changes_with_a_source_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
