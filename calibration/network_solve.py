@@ -31,14 +31,15 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from calibration import rtn
-from calibration.base import Solver, SolverOptions
+from calibration.base import InputStatistics, Solver, SolverOptions
 from calibration.clipping import RangeOptions, range_ends
 from calibration.network_statistics import NetworkStatistics
 from calibration.observers import ActivationGrid, Histogram, code_range, grid_of
+from calibration.output_error import output_error
 from calibration.parallel import in_parallel
 from lilliput import registry
 from lilliput.errors import CalibrationError
-from lilliput.grid import QuantizedTensor, grid
+from lilliput.grid import Float, GridSpec, QuantizedTensor, grid
 from lilliput.network import BIASED_OPS, MATRIX_OPS, Network, Operation, QuantizedNetwork
 from lilliput.network.ties import Group, groups
 from lilliput.progress import Progress, silent
@@ -46,6 +47,15 @@ from lilliput.progress import Progress, silent
 MARGIN = 16.0
 BIAS_MOST = 1 << 30
 UNIT_OPS = ("softmax", "sigmoid")
+
+
+class Narrow(BaseModel):
+    """A narrower weight grid, taken by each matrix that holds it: E|Wx|² / E|Dx|² of at least `least_db`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight_grid: str = "int4-channel-f32"
+    least_db: float = 30.0
 
 
 class Options(BaseModel):
@@ -58,11 +68,12 @@ class Options(BaseModel):
     solver_options: Mapping[str, Any] = Field(default_factory=dict)
     ranges: RangeOptions = RangeOptions(dtype="uint8")
     integer: Literal["all", "matrices"] = "all"
+    narrow: Narrow | None = None
 
 
 def needs_moments(options: Options) -> bool:
-    """Whether the solver reads second moments."""
-    return bool(registry.constant("solvers", options.solver, "needs_statistics"))
+    """Whether second moments are read: by the solver, or to know what a narrower grid would lose."""
+    return options.narrow is not None or bool(registry.constant("solvers", options.solver, "needs_statistics"))
 
 
 def solve(
@@ -76,31 +87,42 @@ def solve(
     activations = activation_grids(network, statistics, options.ranges, options.integer)
     weights = solve_weights(network, statistics, options, progress)
     weights = _widened(network, weights, activations)
-    described = f"{options.weight_grid} by {options.solver}"
-    ranges = f"{options.ranges.dtype} by {options.ranges.method}, {statistics.samples} batches"
-    solved = QuantizedNetwork(network, weights, activations, {}, {"weights": described, "activations": ranges})
+    solved = QuantizedNetwork(network, weights, activations, {}, _provenance(weights, statistics, options))
     return QuantizedNetwork(network, weights, activations, _biases(solved), solved.provenance)
+
+
+def _provenance(
+    weights: Mapping[str, QuantizedTensor], statistics: NetworkStatistics, options: Options
+) -> dict[str, str]:
+    ranges = f"{options.ranges.dtype} by {options.ranges.method}, {statistics.samples} batches"
+    found = {"weights": f"{options.weight_grid} by {options.solver}", "activations": ranges}
+    for name in _narrower(options):
+        held = [weight for weight, tensor in weights.items() if tensor.spec.name == name]
+        found[f"weights on {name}"] = f"{len(held)} of {len(weights)}: {', '.join(held) or 'none'}"
+    return found
 
 
 def solve_weights(
     network: Network, statistics: NetworkStatistics, options: Options, progress: Progress = silent
 ) -> dict[str, QuantizedTensor]:
-    """Every weight's matrix on the grid."""
-    spec = grid(options.weight_grid)
-    if not spec.symmetric or spec.block_size or spec.outliers or spec.super_blocks:
-        raise CalibrationError(
-            f"weight grid {spec.name}: static networks want one symmetric scale a channel: int8-channel"
-        )
+    """Every weight's matrix on its grid."""
+    specs = [_per_channel(name) for name in (options.weight_grid, *_narrower(options))]
     solver: Solver = registry.load("solvers", options.solver)()
     solver_options = registry.options("solvers", options.solver, dict(options.solver_options))
     assert isinstance(solver_options, SolverOptions)
 
-    def one(name: str) -> tuple[str, QuantizedTensor]:
-        weight = np.ascontiguousarray(network.matrix(name))
-        found = statistics.moments.get(name)
+    def on(name: str, spec: GridSpec) -> QuantizedTensor:
+        weight, found = np.ascontiguousarray(network.matrix(name)), statistics.moments.get(name)
         if solver.needs_statistics and found is None:  # grouped convolutions: a few weights a channel
-            return name, rtn.Solver().solve(weight, spec, None, rtn.Options())
-        return name, solver.solve(weight, spec, found, solver_options)
+            return rtn.Solver().solve(weight, spec, None, rtn.Options())
+        return solver.solve(weight, spec, found, solver_options)
+
+    def one(name: str) -> tuple[str, QuantizedTensor]:
+        if options.narrow is not None and name in statistics.moments:
+            tensor = on(name, specs[1])
+            if _sqnr_db(network.matrix(name), tensor, statistics.moments[name]) >= options.narrow.least_db:
+                return name, tensor
+        return name, on(name, specs[0])
 
     weights: dict[str, QuantizedTensor] = {}
     for name, tensor in in_parallel(one, list(network.weights)):
@@ -108,6 +130,26 @@ def solve_weights(
         weights[name] = tensor
         progress(len(weights), len(network.weights))
     return {name: weights[name] for name in network.weights}
+
+
+def _narrower(options: Options) -> tuple[str, ...]:
+    return (options.narrow.weight_grid,) if options.narrow is not None else ()
+
+
+def _per_channel(name: str) -> GridSpec:
+    spec = grid(name)
+    if not spec.symmetric or spec.block_size or spec.outliers or spec.super_blocks:
+        raise CalibrationError(
+            f"weight grid {spec.name}: static networks want one symmetric scale a channel: int8-channel"
+        )
+    return spec
+
+
+def _sqnr_db(weight: Float, tensor: QuantizedTensor, statistics: InputStatistics) -> float:
+    """What a matrix's product loses on the calibration inputs."""
+    signal = output_error(weight, statistics.second_moments)
+    noise = output_error(weight - tensor.dequantize(), statistics.second_moments)
+    return float("inf") if noise <= 0 else 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
 
 
 def activation_grids(

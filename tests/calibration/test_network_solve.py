@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calibration import network_statistics
 from calibration.clipping import RangeOptions
-from calibration.network_solve import BIAS_MOST, Options, needs_moments, solve
+from calibration.network_solve import BIAS_MOST, Narrow, Options, needs_moments, solve
 from calibration.network_statistics import NetworkStatistics, gather
 from lilliput.errors import CalibrationError
 from lilliput.network import Network, QuantizedNetwork, file
@@ -140,6 +140,21 @@ def test_gptq_reads_moments_and_int4_solves(cnn: tuple[Network, NetworkStatistic
     batches = images(8, seed=2)
     nearest = sqnr_db(solve(network, statistics, Options(**{**options.model_dump(), "solver": "rtn"})), batches)
     assert sqnr_db(solve(network, statistics, options), batches) > nearest
+
+
+def test_a_narrower_grid_is_taken_where_it_holds(cnn: tuple[Network, NetworkStatistics]) -> None:
+    network, statistics = cnn
+    batches = images(8, seed=2)
+    found = {}
+    for least_db in (0.0, 26.0, 99.0):
+        narrow = Narrow(least_db=least_db)
+        model = solve(network, statistics, Options(narrow=narrow, ranges=RangeOptions(dtype="uint16")))
+        held = [name for name, tensor in model.weights.items() if tensor.spec.bits == 4]
+        assert all(name in model.provenance["weights on int4-channel-f32"] for name in held)
+        found[least_db] = (len(held), sqnr_db(model, batches))
+    measured = len(statistics.moments)  # the depthwise convolution has no moments, and stays on 8 bits
+    assert found[0.0][0] == measured == 4 > found[26.0][0] >= found[99.0][0] == 0
+    assert found[0.0][1] < found[26.0][1] <= found[99.0][1]
 
 
 def test_files_give_back_statistics_and_the_solved_network(
