@@ -77,15 +77,16 @@ def needs_moments(options: Options) -> bool:
 
 
 def solve(
-    network: Network, statistics: NetworkStatistics, options: Options, progress: Progress = silent
-) -> QuantizedNetwork:
-    """The solved network; progress counts matrices.
+    network: Network, statistics: NetworkStatistics, options: Options, progress: Progress = silent,
+    weights: Mapping[str, QuantizedTensor] | None = None,
+) -> QuantizedNetwork:  # fmt: skip
+    """The solved network; progress counts matrices. `weights` that another target's solve gave are taken as they are.
 
     Raises CalibrationError where a range or a solver's statistics are missing, GridError where a weight's grid is not
     symmetric per channel.
     """
     activations = activation_grids(network, statistics, options.ranges, options.integer)
-    weights = solve_weights(network, statistics, options, progress)
+    weights = weights if weights is not None else solve_weights(network, statistics, options, progress)
     weights = _widened(network, weights, activations)
     solved = QuantizedNetwork(network, weights, activations, {}, _provenance(weights, statistics, options))
     return QuantizedNetwork(network, weights, activations, _biases(solved), solved.provenance)

@@ -58,6 +58,8 @@ def test_one_solve_gives_every_target_the_same_weights(cnn: tuple[Network, Netwo
         solve(network, statistics, Options(ranges=RangeOptions(dtype=dtype)))  # type: ignore[arg-type]
         for dtype in ("int8", "uint16")
     )
+    third = solve(network, statistics, Options(ranges=RangeOptions(dtype="uint16")), weights=first.weights)
+    assert all(np.array_equal(codes, third.biases[name]) for name, codes in second.biases.items())
     assert all(tensor.same_as(second.weights[name]) for name, tensor in first.weights.items())
     assert all(int(tensor.codes.min()) >= -127 for tensor in first.weights.values())
 

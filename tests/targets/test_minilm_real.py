@@ -11,9 +11,10 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from test_qnn_npu import plant, with_qnn
+from test_qnn_npu import with_qnn
 from torch import Tensor
 
+from benchmarks.npu import paragraphs, plant, sqnr_db
 from calibration.clipping import RangeOptions
 from calibration.network_solve import Options, solve
 from calibration.network_statistics import gather
@@ -39,24 +40,15 @@ pytestmark = [
 ]
 
 
-def paragraphs(text: str, count: int) -> list[dict[str, Tensor]]:
-    """Token ids of `count` paragraphs, evenly taken, each padded or cut to POSITIONS."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(package_file.locate(SOURCE)))
-    long = [part.strip() for part in text.split("\n\n") if len(part.strip()) > 60]
-    found = []
-    for part in long[:: len(long) // count][:count]:
-        tokens = tokenizer(part, padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt")
-        found.append({"input_ids": tokens.input_ids.int(), "attention_mask": tokens.attention_mask.int()})
-    return found
+def texts(text: str, count: int) -> list[dict[str, Tensor]]:
+    return paragraphs(package_file.locate(SOURCE), text, count, POSITIONS)
 
 
 @pytest.fixture(scope="module")
 def model() -> QuantizedNetwork:
     source = open_network(package_file.locate(SOURCE), positions=POSITIONS)
     assert "transformers' own outputs" in source.proof
-    statistics = gather(source.network, paragraphs(calibration_text(), 128), moments=True)
+    statistics = gather(source.network, texts(calibration_text(), 128), moments=True)
     return solve(source.network, statistics, Options(solver="gptq", ranges=RangeOptions(dtype="uint16")))
 
 
@@ -65,15 +57,10 @@ def artifact(model: QuantizedNetwork, tmp_path_factory: pytest.TempPathFactory) 
     return NetworkExporter().export(model, ExporterOptions(), tmp_path_factory.mktemp("minilm"))[0]
 
 
-def sqnr_db(exact: list[Tensor], found: list[Tensor]) -> float:
-    x, y = torch.cat(exact), torch.cat(found)
-    return float(10 * ((x**2).sum() / ((x - y) ** 2).sum()).log10())
-
-
 def test_the_file_holds_the_codes_and_the_cpu_computes_them(model: QuantizedNetwork, artifact: Artifact) -> None:
     assert NetworkExporter().differences(model, artifact) == []
     (name,) = model.network.outputs
-    batches = paragraphs(evaluation_text(), 8)
+    batches = texts(evaluation_text(), 8)
     exact = [run(model.network, batch)[name] for batch in batches]
     twin = [run_quantized(model, batch)[name] for batch in batches]
     session = CpuRuntime().open(artifact, 1)
@@ -97,7 +84,7 @@ def test_every_node_is_the_npus_a_binary_is_made_and_the_loss_is_small(
     wrapper = onnx.load(str(tmp_path / qnn.CONTEXT_FILE), load_external_data=False)
     assert [node.op_type for node in wrapper.graph.node] == ["EPContext"]
     (name,) = model.network.outputs
-    batches = paragraphs(evaluation_text(), 8)
+    batches = texts(evaluation_text(), 8)
     session = NpuRuntime().open(artifact, 1)
     found = [torch.from_numpy(session.run({k: v.numpy() for k, v in batch.items()})[name]) for batch in batches]
     loss = sqnr_db([run(model.network, batch)[name] for batch in batches], found)

@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
 from tiny_networks import cnn_network, encoder_network, images, sentences
 from torch import Tensor, nn
 
+from benchmarks.npu import plant
 from calibration.clipping import RangeOptions
 from calibration.network_solve import Options, solve
 from calibration.network_statistics import gather
@@ -54,24 +54,6 @@ def solved(kind: str, dtype: Any) -> QuantizedNetwork:
 def export(model: QuantizedNetwork, folder: Path) -> Artifact:
     folder.mkdir(exist_ok=True)
     return NetworkExporter().export(model, ExporterOptions(), folder)[0]
-
-
-def plant(path: Path) -> None:
-    """Put an operator that no NPU has behind the last value, on that value's grid."""
-    proto = onnx.load(str(path))
-    quantize, dequantize = (
-        next(n for n in reversed(proto.graph.node) if n.op_type == op) for op in ("QuantizeLinear", "DequantizeLinear")
-    )
-    output, grid = dequantize.output[0], quantize.input[1:]
-    dequantize.output[0] = "before"
-    proto.graph.node.extend(
-        [
-            helper.make_node("Sinh", ["before"], ["planted.out"], name="planted"),
-            helper.make_node("QuantizeLinear", ["planted.out", *grid], ["planted.codes"], name="after/quantized"),
-            helper.make_node("DequantizeLinear", ["planted.codes", *grid], [output], name="after/dequantized"),
-        ]
-    )
-    onnx.save_model(proto, str(path))
 
 
 @with_qnn
