@@ -38,10 +38,10 @@ from pydantic import Field
 from lilliput.artifact import Artifact
 from lilliput.errors import InputError, MeasurementError
 from lilliput.progress import Progress, silent
-from targets import accuracy, outcome, shell_probe
+from targets import accuracy, outcome, shell_probe, shell_sensors
 from targets.probe import Probe
 from targets.process import Ended, Limits, follow, kill_group
-from targets.request import AccuracyTask, LogitsTask, Reply, Request, SuiteTask
+from targets.request import AccuracyTask, LatencyReply, LatencyTask, LogitsTask, Reply, Request, SuiteTask
 
 GUARDIAN = """
 trap '' HUP PIPE
@@ -189,6 +189,12 @@ class FarConnection:
         self._check(run_for(self._transport.shell(script), self._options.answer_s, stdout=answer), "asking what it is")
         return shell_probe.parse(answer.read_text(errors="replace"), self.name)
 
+    def _sensors(self) -> str:
+        said = Path(self._scratch.name) / "sensors.txt"
+        ended = run_for(self._transport.shell(shell_sensors.SCRIPT), self._options.answer_s, stdout=said)
+        self._check(ended, "reading its sensors")
+        return said.read_text(errors="replace")
+
     def push(self, path: Path) -> PurePosixPath:
         """A folder goes with the files that are in it, not those in folders below, but for the sources' own."""
         files = [(path, path.name)] if path.is_file() else [(f, f.name) for f in sorted(path.iterdir()) if f.is_file()]
@@ -200,8 +206,12 @@ class FarConnection:
 
     def run(self, request: Request, progress: Progress = silent) -> Reply:
         asked = self._asked(request)
+        timed = self._options.runner is not None and any(isinstance(task, LatencyTask) for task in request.tasks)
         try:
+            before = self._sensors() if timed else ""
             reply = self._run(asked, progress)
+            if timed:
+                reply = _with_sensors(reply, before, self._sensors())
             return self._taken(asked, reply)
         finally:
             with contextlib.suppress(MeasurementError):
@@ -375,6 +385,19 @@ class FarConnection:
             return f"{ended.last_words}: there, run {python} -m pip install numpy pydantic psutil and the runtime"
         last = f": {ended.last_words}" if ended.last_words else ""
         return f"ended with status {ended.status}{last}"
+
+
+def _with_sensors(reply: Reply, before: str, after: str) -> Reply:
+    """What the shell read, where the runner itself reads no sensor."""
+    if reply.latency is None or reply.latency.conditions.sensors:
+        return reply
+    seen = shell_sensors.conditions(before, after)
+    latency = reply.latency.latency
+    if seen.throttled:
+        latency = latency.model_copy(update={"unstable": f"the device throttled: {seen.throttled}"})
+    return reply.model_copy(
+        update={"latency": LatencyReply(latency=latency, memory=reply.latency.memory, conditions=seen)}
+    )
 
 
 def _lines_within(descriptor: int, patience_s: float) -> list[str]:

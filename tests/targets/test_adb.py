@@ -21,7 +21,7 @@ from tiny_setting import Setting
 
 from lilliput.artifact import Artifact
 from lilliput.errors import InputError, MeasurementError
-from targets import shell_probe
+from targets import sensors, shell_probe
 from targets.devices import adb, host
 from targets.far import FarConnection
 from targets.request import ArtifactReference, GenerateTask, Request
@@ -192,6 +192,8 @@ def test_a_validation_by_a_runner_finds_what_the_host_finds(
     assert found.latency is not None
     assert found.generation is not None
     assert found.host is not None
+    assert found.conditions is not None
+    assert {s.kind for s in found.conditions.sensors} | set(found.conditions.absent) == set(sensors.KINDS)
     assert type(found).model_validate_json(found.model_dump_json()) == found
 
 
