@@ -156,6 +156,25 @@ def inspect(
 
 
 @app.command()
+def npu(
+    path: Annotated[Path, typer.Argument(help="A QDQ .onnx file, or a folder with model.onnx.")],
+    chip: Annotated[str, typer.Option("--chip", help="A Snapdragon, sm8350 to sm8850, or sc8380xp.")] = "sm8650",
+    floor: Annotated[float, typer.Option(min=0, max=1, help="The gate: the least share of nodes on the NPU.")] = 1.0,
+    binary: Annotated[Path | None, typer.Option(help="A folder to write the NPU's context binary into.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show which nodes Qualcomm's NPU takes: by QNN's compiler (extra qnn), else by a static operator check."""
+    from targets.npu import cover, soc
+
+    found = cover.coverage(path, soc(chip))
+    typer.echo(found.model_dump_json(indent=2) if as_json else cover.described(found, floor))
+    if binary is not None:
+        for file in cover.compiled(path, soc(chip), binary):
+            typer.echo(f"{file}: {file.stat().st_size} bytes", err=as_json)
+    raise typer.Exit(0 if found.share >= floor else 1)
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="The reference: a run's folder, or its report.json.")],
     b: Annotated[Path, typer.Argument(help="The candidate.")],

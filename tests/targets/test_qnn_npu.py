@@ -22,12 +22,13 @@ from calibration.network_solve import Options, solve
 from calibration.network_statistics import gather
 from exporters.onnx_qdq import NetworkExporter
 from exporters.onnx_qdq import Options as ExporterOptions
+from lilliput import cli
 from lilliput.artifact import Artifact
 from lilliput.errors import ArtifactError, RecipeError
 from lilliput.network import QuantizedNetwork
 from lilliput.network.run import run_quantized
 from lilliput.network.trace import trace
-from targets.npu import qnn, soc, static_check
+from targets.npu import Coverage, cover, qnn, soc, static_check
 from targets.runtimes.qnn_npu import NetworkRuntime
 
 MODELS = {"cnn": (cnn_network, images), "encoder": (encoder_network, sentences)}
@@ -129,6 +130,35 @@ def test_the_static_check_sees_open_shapes_and_other_files(tmp_path: Path) -> No
     artifact.path.write_bytes(b"no model")
     with pytest.raises(ArtifactError, match="not a readable ONNX model"):
         static_check.check(artifact.path, soc("sm8650"))
+
+
+@pytest.mark.parametrize("installed", [pytest.param(True, marks=with_qnn), False])
+def test_the_command_says_where_nodes_go_and_its_floor_is_a_gate(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    artifact = export(solved("cnn", "uint8"), tmp_path / "cnn")
+    if not installed:
+        monkeypatch.setattr(cover.importlib.util, "find_spec", lambda _: None)
+    assert cli.answer(["npu", str(tmp_path / "cnn"), "--json"]) == 0
+    found = Coverage.model_validate_json(capfd.readouterr().out)
+    assert (found.method, found.share) == ("compiled" if installed else "static", 1.0)
+    plant(artifact.path)
+    assert cli.answer(["npu", str(artifact.path)]) == 1
+    out, _ = capfd.readouterr()
+    assert "planted (Sinh" in out
+    assert "FAIL: 9" in out
+    assert ("static operator check only" in out) is not installed
+    assert cli.answer(["npu", str(artifact.path), "--floor", "0.9"]) == 0
+
+
+@with_qnn
+def test_the_command_writes_the_context_binary(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    artifact = export(solved("cnn", "uint8"), tmp_path)
+    assert cli.answer(["npu", str(artifact.path), "--chip", "sm8550", "--binary", str(tmp_path / "ctx")]) == 0
+    assert "model_ctx.onnx" in capfd.readouterr().out
+    assert len(list((tmp_path / "ctx").iterdir())) == 2
+    assert cli.answer(["npu", str(tmp_path / "nothing.onnx")]) == 2
+    assert "does not exist, wanted an ONNX file in QDQ form" in capfd.readouterr().err
 
 
 def test_an_unknown_chip_is_refused() -> None:
