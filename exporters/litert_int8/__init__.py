@@ -28,11 +28,10 @@ from exporters.litert_int8 import packing
 from lilliput.artifact import PROVENANCE, Artifact, canonical
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
-from lilliput.model import Feature, QuantizedModel, Role, TracedModel, role_of
+from lilliput.model import FEATURES, QuantizedModel, Role, TracedModel, role_of
 
 MODEL_FILE = "model.tflite"
 BUNDLE_FILE = "bundle.litertlm"
-FEATURES: frozenset[Feature] = frozenset({"rope_scaling", "partial_rope", "rope_free_layers"})
 
 
 class Options(ExporterOptions):
@@ -83,7 +82,7 @@ class Exporter:
         return weights.read(artifact.path)
 
     def _check(self, model: QuantizedModel, context: int, chunk: int) -> None:
-        refuse_features(model.config, FEATURES, "LiteRT")
+        refuse_features(model.config, frozenset(FEATURES), "LiteRT")
         if chunk > context:
             raise ExportError(f"prefill of {chunk} tokens into a cache of {context}: choose prefill ≤ context")
         if model.config.positions == "learned" and context > model.config.max_positions:

@@ -45,13 +45,16 @@ TENSOR_TYPES = {
 OPERATOR_VERSIONS = {
     "ADD": 1,
     "BATCH_MATMUL": 1,
+    "CAST": 1,
     "CONCATENATION": 1,
     "DYNAMIC_UPDATE_SLICE": 1,
     "EMBEDDING_LOOKUP": 1,
     "FULLY_CONNECTED": 5,
     "GELU": 1,
     "LOGISTIC": 1,
+    "MAXIMUM": 1,
     "MEAN": 1,
+    "MINIMUM": 1,
     "MUL": 1,
     "PACK": 1,
     "RESHAPE": 1,
@@ -60,6 +63,7 @@ OPERATOR_VERSIONS = {
     "SOFTMAX": 1,
     "SQUARED_DIFFERENCE": 1,
     "SUB": 1,
+    "TANH": 1,
     "TRANSPOSE": 1,
 }
 

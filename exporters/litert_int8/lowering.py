@@ -8,7 +8,8 @@ The parts' names and rows stand in the weight's name, `layers.0.attention.q:576+
 
 Rotary embedding is x * cos + swap(x) * sin, swap exchanging the halves of a head and the sign of the
 first half lying in the sin table: the same products and sums as the half-split form, bit for bit.
-cos and sin of a step's positions are one lookup in one table (C, 2 D).
+cos and sin of a step's positions are one lookup in one table (C, 2 D), or in two where some layers have a base of
+their own.
 
 Both caches are (1, K, C, D). New entries are written by DYNAMIC_UPDATE_SLICE at input_pos[0]: T positions
 from there on, whatever input_pos says of the rest (a start beyond C - T is moved back to it, so a caller must
@@ -178,18 +179,38 @@ class Lowering:
     def node_last(self, node: Node) -> None:
         self.values[node.outputs[0]] = op.cut(self.graph, self.value(node.inputs[0]), 1, self.steps - 1, 1)
 
+    def node_scale(self, node: Node) -> None:
+        x, factor = self.value(node.inputs[0]), op.scalar(self.graph, float(node.attributes["factor"]))
+        self.values[node.outputs[0]] = op.binary(self.graph, "MUL", x, factor)
+
+    def node_tanh(self, node: Node) -> None:
+        self.values[node.outputs[0]] = op.unary(self.graph, "TANH", self.value(node.inputs[0]))
+
+    def node_head_norm(self, node: Node) -> None:
+        """Heads stay apart, (1, T, heads, D), for the attention that they go to."""
+        heads = self.heads(self.value(node.inputs[0]))
+        square = op.mean(self.graph, op.binary(self.graph, "MUL", heads, heads))
+        self.values[node.outputs[0]] = self.scaled(heads, square, node)
+
     def node_attention(self, node: Node) -> None:
-        qkv = self.fused(node.inputs[:3])
+        turned, v = self.split(node.inputs[:3])
         caches = self.values[node.inputs[3]], self.values[node.inputs[4]]
-        result = self.attention.lower(qkv, caches, rotary=len(node.inputs) > 6)
+        result = self.attention.lower(node, turned, v, caches)
         self.values.update(zip(node.outputs, result, strict=True))
 
-    def fused(self, names: Sequence[str]) -> int:
-        """q, k and v side by side: as their fused linear left them, or put together where their grids differ."""
-        parts = [self.parts.get(name) for name in names]
-        if all(p is not None and p.fused == parts[0].fused for p in parts if parts[0] is not None) and parts[0]:
-            return parts[0].fused
-        return op.concatenate(self.graph, [self.value(name) for name in names], 2)
+    def heads(self, x: int) -> int:
+        """(1, T, heads * D) → (1, T, heads, D); what has heads already stays."""
+        shape, dim = self.graph.shapes[x], self.config.head_dim
+        return op.reshape(self.graph, x, [1, self.steps, shape[-1] // dim, dim]) if len(shape) == 3 else x
+
+    def split(self, names: Sequence[str]) -> tuple[int, int]:
+        """Heads of q and k together, and those of v: out of one fused linear, or put together where they are apart."""
+        g, c, parts = self.graph, self.config, [self.parts.get(name) for name in names]
+        if parts[0] and all(part is not None and part.fused == parts[0].fused for part in parts):
+            heads, turning = self.heads(parts[0].fused), c.num_heads + c.num_kv_heads
+            return op.cut(g, heads, 2, 0, turning), op.cut(g, heads, 2, turning, c.num_kv_heads)
+        q, k, v = (self.heads(self.value(name)) for name in names)
+        return op.concatenate(g, [q, k], 2), v
 
 
 @dataclass(frozen=True)

@@ -62,17 +62,24 @@ def concatenate(graph: Graph, parts: Sequence[int], axis: int, dtype: str = "flo
 
 
 def binary(graph: Graph, code: str, a: int, b: int) -> int:
-    """ADD, SUB, MUL or SQUARED_DIFFERENCE, broadcasting."""
+    """ADD, SUB, MUL, MAXIMUM, MINIMUM or SQUARED_DIFFERENCE, broadcasting."""
     y = graph.tensor(np.broadcast_shapes(graph.shapes[a], graph.shapes[b]))
-    options = {} if code == "SQUARED_DIFFERENCE" else {"fusedActivationFunction": 0}
+    options = {"fusedActivationFunction": 0} if code in ("ADD", "SUB", "MUL") else {}
     graph.operator(code, [a, b], [y], **options)
     return y
 
 
 def unary(graph: Graph, code: str, x: int, **options: object) -> int:
-    """LOGISTIC, RSQRT, GELU or SOFTMAX (over the last axis)."""
+    """LOGISTIC, RSQRT, TANH, GELU or SOFTMAX (over the last axis)."""
     y = graph.tensor(graph.shapes[x])
     graph.operator(code, [x], [y], **options)
+    return y
+
+
+def cast(graph: Graph, x: int) -> int:
+    """int32 → float32."""
+    y = graph.tensor(graph.shapes[x])
+    graph.operator("CAST", [x], [y])
     return y
 
 

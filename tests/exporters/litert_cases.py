@@ -26,7 +26,25 @@ MODELS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "own head": ("llama", {"tie_word_embeddings": False}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "gpt2": ("gpt2", {}),
-}
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "final_logit_softcapping": 3.0}),
+    "phi3": (
+        "phi3",
+        {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 128, "sliding_window": 8,
+         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.25, 1.5, 2.0, 3.0, 4.0],
+                          "long_factor": [2.0] * 6}},
+    ),
+    "smollm3": ("smollm3", {"use_sliding_window": True, "sliding_window": 8}),
+    "yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
+    "llama3": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 64}},
+    ),
+}  # fmt: skip
 RULES: Mapping[str, Mapping[str, str]] = {
     "common": {"linear": "int4-b32", "embedding": "int8-channel", "head": "int8-channel"},
     "eight bit": {"linear": "int8-channel", "embedding": "int8-channel", "head": "int8-channel"},

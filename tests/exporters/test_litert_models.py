@@ -39,7 +39,7 @@ def unequal(model: QuantizedModel, stored: object) -> list[str]:
 
 @pytest.mark.parametrize("rules", RULES)
 def test_reads_back_what_was_given(tmp_path: Path, rules: str) -> None:
-    for model in ("own head", "gpt2"):
+    for model in ("own head", "gpt2", "gemma3"):
         given = solved(tmp_path / model, model, rules)
         assert unequal(given, Exporter().read(export(given, tmp_path / f"{model} out"))) == []
 
@@ -77,6 +77,17 @@ def test_everything_but_lookups_and_the_cache_is_delegated(tmp_path: Path) -> No
     found = delegation(export(given, tmp_path / "out"))
     assert found.partitions == layers + 1
     assert found.left == {"CONCATENATION": 1, "DYNAMIC_UPDATE_SLICE": 2 * layers, "EMBEDDING_LOOKUP": 2, "RESHAPE": 1}
+
+
+@pytest.mark.parametrize(("model", "tables"), [("qwen3", 1), ("gemma3", 2)])
+def test_windows_and_norms_of_heads_are_delegated_too(tmp_path: Path, model: str, tables: int) -> None:
+    """Beside lookups (tokens, rotary tables) and caches, one conversion of the positions that windows are counted by."""
+    given = solved(tmp_path, model, "common")
+    layers = given.config.num_layers
+    found = delegation(export(given, tmp_path / "out"))
+    left = {"CONCATENATION": 1, "DYNAMIC_UPDATE_SLICE": 2 * layers, "EMBEDDING_LOOKUP": 1 + tables, "RESHAPE": 1}
+    assert found.left == left | ({"CAST": 1} if any(given.config.windows) else {})
+    assert found.partitions == layers + 1
 
 
 def test_weights_are_stored_once(tmp_path: Path) -> None:
