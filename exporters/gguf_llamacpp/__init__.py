@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from gguf.gguf_writer import SHARD_NAME_FORMAT
 from pydantic import Field
 
 from exporters.base import ExporterOptions
-from exporters.gguf_llamacpp import metadata, tensors, vocabulary
+from exporters.gguf_llamacpp import architectures, metadata, tensors, vocabulary
 from lilliput import families, rope
 from lilliput.artifact import Artifact
 from lilliput.errors import ArtifactError, ExportError
@@ -61,12 +62,12 @@ class Exporter:
     ) -> Artifact:
         """Write model.gguf. The exact twin holds the same weights as F32, and its tokenizer is not checked again."""
         assert isinstance(options, Options)
-        said = [write(model, folder / MAIN_FILE, exact=exact, prove=options.check_tokenizer, split_mb=options.split_mb)]
+        context = next(i for i in traced.signature("decode").inputs if i.name == "k_cache_0").shape[2]
+        said = write(model, folder / MAIN_FILE, exact=exact, options=options, context=context)
         main = first_file(folder)
         if options.check_tokenizer and not exact:
             said.append(f"tokenizer: {vocabulary.proof.check(main, model.tokenizer)}")
-        context = next(i for i in traced.signature("decode").inputs if i.name == "k_cache_0").shape[2]
-        return Artifact(folder, "gguf_llamacpp", main.name, context, prefill=0, notes=tuple(filter(None, said)))
+        return Artifact(folder, "gguf_llamacpp", main.name, context, prefill=0, notes=tuple(said))
 
     def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
         """With gguf's own reader; the configuration, and so the fusing and order of rows, comes from the metadata."""
@@ -80,30 +81,45 @@ def first_file(folder: Path) -> Path:
 
 
 def write(
-    model: QuantizedModel, path: Path, *, exact: bool = False, prove: bool = True, split_mb: float | None = None
-) -> str:
-    """Write the model as GGUF; a sentence for the report, or "". Raises ExportError where the format cannot hold it."""
-    config = model.config
-    split_bytes = round(split_mb * 1e6) if split_mb else 0
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[tensors.architecture(config)], split_max_size=split_bytes)
-    wanted = list(tensors.file_tensors(config))
+    model: QuantizedModel,
+    path: Path,
+    *,
+    exact: bool = False,
+    options: Options | None = None,
+    context: int | None = None,
+) -> list[str]:
+    """Write the model as GGUF; sentences for the report. `context`: positions that it must be exact for, None: all.
+
+    Raises ExportError where the format, or llama.cpp's architecture, cannot hold the model.
+    """
+    options = options or Options()
+    config, said = architectures.fitted(model.config, context)
+    split_bytes = round(options.split_mb * 1e6) if options.split_mb else 0
+    writer = gguf.GGUFWriter(path, architectures.of(config).text, split_max_size=split_bytes)
+    wanted, factors = list(tensors.file_tensors(config)), tensors.rope_tensors(config)
     weights: Counter[BlockType] = Counter()
+    for name, divisors in factors.items():
+        writer.add_tensor_info(name, divisors.shape, divisors.dtype, divisors.nbytes, BlockType.F32)
     for tensor in wanted:
         kind, packed = _pack(model, tensor, exact)
         writer.add_tensor_info(tensor.name, packed.shape, packed.dtype, packed.nbytes, kind)
         if packed.ndim > 1:
             weights[kind] += packed.nbytes * gguf.GGML_QUANT_SIZES[kind][0] // gguf.GGML_QUANT_SIZES[kind][1]
-    metadata.add(writer, model, weights)
-    said = vocabulary.add(writer, model.tokenizer, config.vocab_size, prove=prove)
+    metadata.add(writer, model, config, weights)
+    chosen = vocabulary.add(writer, model.tokenizer, config.vocab_size, prove=options.check_tokenizer)
+    _write_all(writer, chain(factors.values(), (_pack(model, tensor, exact)[1] for tensor in wanted)))
+    return [sentence for sentence in (said, chosen) if sentence]
+
+
+def _write_all(writer: gguf.GGUFWriter, packed: Iterable[Packed]) -> None:
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in wanted:
-            writer.write_tensor_data(_pack(model, tensor, exact)[1])
+        for data in packed:
+            writer.write_tensor_data(data)
     finally:
         writer.close()
-    return said
 
 
 def _pack(model: QuantizedModel, tensor: tensors.FileTensor, exact: bool) -> tuple[BlockType, Packed]:

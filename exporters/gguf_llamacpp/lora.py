@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from exporters.gguf_llamacpp import tensors
+from exporters.gguf_llamacpp import architectures, tensors
 from lilliput.errors import ExportError
 from lilliput.model import DecoderConfig, LowRank
 
@@ -26,7 +26,7 @@ def write(adapters: Mapping[str, LowRank], config: DecoderConfig, path: Path) ->
     alphas = {adapter.alpha for adapter in adapters.values()}
     if len(alphas) != 1:
         raise ExportError(f"a GGUF adapter file has one alpha, seen {sorted(alphas)}: train all with the same")
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[tensors.architecture(config)])
+    writer = gguf.GGUFWriter(path, architectures.of(config).text)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alphas.pop())

@@ -10,11 +10,16 @@ llama.cpp passes over:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import gguf
 from gguf import GGMLQuantizationType as BlockType
 
+from exporters.gguf_llamacpp.architectures import window_pattern
+from exporters.gguf_llamacpp.tensors import long_rope
+from exporters.gguf_llamacpp.vocabulary.files import read as read_files
+from exporters.gguf_llamacpp.vocabulary.special import model_name
 from lilliput.artifact import PROVENANCE, canonical
 from lilliput.model import DecoderConfig, QuantizedModel
 
@@ -37,13 +42,16 @@ FILE_TYPES = {
 }
 
 
-def add(writer: gguf.GGUFWriter, model: QuantizedModel, weights_by_type: Counter[BlockType]) -> None:
-    """Add all but the tokenizer. `weights_by_type` counts the weights of matrices that each type holds."""
+def add(
+    writer: gguf.GGUFWriter, model: QuantizedModel, config: DecoderConfig, weights_by_type: Counter[BlockType]
+) -> None:
+    """Add all but the tokenizer. `config` is the model's as its architecture computes it; `weights_by_type` counts the
+    weights of matrices that each type holds."""
     writer.add_type("model")
-    writer.add_name(model.name)
+    writer.add_name(model_name(model.name, read_files(model.tokenizer)))
     if model.provenance.get("license"):
         writer.add_license(model.provenance["license"])
-    _add_architecture(writer, model.config)
+    _add_architecture(writer, config)
     writer.add_file_type(FILE_TYPES[weights_by_type.most_common(1)[0][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string(GRIDS, canonical({name: tensor.spec.name for name, tensor in model.quantized.items()}))
@@ -64,6 +72,46 @@ def _add_architecture(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_layer_norm_rms_eps(config.norm_eps)
     if config.positions == "rope":
         writer.add_rope_freq_base(config.rope_theta)
-        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_dimension_count(config.rope_dims or config.head_dim)
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+        _add_scaling(writer, config)
+    _add_windows(writer, config)
+    if config.attention_softcap:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+    if config.logit_softcap:
+        writer.add_final_logit_softcapping(config.logit_softcap)
+
+
+def _add_scaling(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
+    """How frequencies are scaled, where tensors (tensors.rope_tensors) do not say it.
+
+    llama.cpp multiplies yarn's attention factor by 1 + 0.1 ln(factor) itself (llama-context.cpp, ggml's rope_yarn).
+    """
+    scaling = config.rope_scaling
+    if scaling is None:
+        return
+    if scaling.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
+        writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_positions)
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / (1 + 0.1 * math.log(scaling.factor)))
+    if long_rope(config):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(config.max_positions)
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor)
+
+
+def _add_windows(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
+    """Gemma 2 always has a window: one that no position reaches past where the model has none."""
+    if not any(config.windows):
+        if config.family == "gemma2":
+            writer.add_sliding_window(config.max_positions)
+        return
+    writer.add_sliding_window(max(config.windows))
+    pattern = window_pattern(config)
+    if config.family != "gemma2":
+        writer.add_sliding_window_pattern(pattern)
+    if config.rope_local_theta is not None:
+        writer.add_rope_freq_base_swa(config.rope_local_theta)

@@ -11,7 +11,7 @@ import pytest
 from tiny_models import TEXT, VOCAB_SIZE, sentencepiece_model, tiny_quantized_model
 
 from exporters.gguf_llamacpp import vocabulary
-from exporters.gguf_llamacpp.vocabulary import byte_level, files, proof, scored
+from exporters.gguf_llamacpp.vocabulary import byte_level, files, proof, scored, special
 from lilliput import parity
 from lilliput.errors import ExportError
 from lilliput.parity_texts import TEXTS
@@ -314,6 +314,23 @@ def test_refuses_a_tokenizer_that_llama_cpp_has_not(tmp_path: Path) -> None:
     folder = changed_unigram(tmp_path, model={"type": "WordLevel", "vocab": {"a": 0}})
     with pytest.raises(ExportError, match=r"a WordLevel tokenizer, llama\.cpp has BPE, Unigram and WordPiece"):
         written(folder, tmp_path / "v.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "rstrip", "tokens", "written_name"),
+    [
+        ("My Phi-3 mini", False, (), "My Phi 3 mini"),
+        ("My Phi-3 mini", True, ("</s>", "<unk>", "<s>", "<|endoftext|>"), "My Phi-3 mini"),
+        ("mine", True, ("</s>", "<unk>", "<s>", "<|endoftext|>"), "mine (Phi-3)"),
+        ("mine", False, (), "mine"),
+    ],
+)
+def test_a_name_is_phi3s_where_its_tokenizer_is(
+    name: str, rstrip: bool, tokens: tuple[str, ...], written_name: str
+) -> None:
+    added = [{"id": i, "content": text, "special": True, "rstrip": rstrip} for i, text in enumerate((*tokens, "<x>"))]
+    tokenizer = files.Files({"added_tokens": added, "model": {"vocab": {}}}, {}, {}, None)
+    assert special.model_name(name, tokenizer) == written_name
 
 
 def test_refuses_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:

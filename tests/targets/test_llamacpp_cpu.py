@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ggml_gelu import ggml_gelu
 from tiny_models import VOCAB_SIZE, tiny_quantized_model, tiny_source
 
 import exporters.gguf_llamacpp as exporter
@@ -72,15 +73,6 @@ def test_the_exact_twin_computes_what_torch_does(tmp_path: Path, variant: str) -
     model = tiny_quantized_model(tmp_path, kind, **overrides)
     found = runtime_log_probabilities(artifact_of(model, tmp_path / "exact", exact=True), exact=True)
     assert np.abs(found - reference(model, TOKENS)[PROMPT - 1 :]).max() <= 1e-4
-
-
-def ggml_gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
-    """ggml looks GELU up in a table from float16 to float16 between -10 and 10 (ggml-cpu/vec.h, GGML_GELU_FP16)."""
-    assert approximate == "tanh"
-    half = x.half().float()
-    inner = 0.79788456080286535587989211986876 * half * (1.0 + 0.044715 * half * half)
-    looked_up = (0.5 * half * (1.0 + torch.tanh(inner))).half().float()
-    return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, looked_up))
 
 
 def test_the_exact_twin_of_a_gpt2_differs_by_ggmls_table_of_gelu_alone(

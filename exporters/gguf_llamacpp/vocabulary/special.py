@@ -6,11 +6,15 @@ their text. Here eos is the tokenizer's own; eot is the next of generation_confi
 
 from __future__ import annotations
 
+import re
+
 import gguf
 
 from exporters.gguf_llamacpp.vocabulary.files import Files
 from lilliput.errors import ExportError
 
+PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
+PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 NAMED = ("bos", "eos", "unk", "pad", "sep", "mask")
 
 
@@ -82,3 +86,19 @@ def _check_wordpiece(before: list[str], after: list[str], files: Files) -> None:
     ids = {added["content"]: i for i, added in files.added.items()}
     if ([ids.get(token) for token in before], [ids.get(token) for token in after]) != wanted:
         raise ExportError(f"tokenizer.json adds {before} and {after} to a text, llama.cpp's WordPiece [CLS] and [SEP]")
+
+
+def model_name(name: str, files: Files) -> str:
+    """`general.name`, by which llama.cpp knows a tokenizer of Phi 3's: spaces behind its special tokens are dropped.
+
+    A name with phi3 in it makes llama.cpp look up four tokens, and end where one is missing; so such a name is written
+    where special tokens take the space behind them, and no other (llama_vocab::impl::load, "per token attributes").
+    """
+    strips = any(added["special"] and added["rstrip"] for added in files.added.values())
+    if strips and all(token in files.vocabulary or token in _added_texts(files) for token in PHI3_TOKENS):
+        return name if PHI3.search(name) else f"{name} (Phi-3)"
+    return PHI3.sub("Phi 3", name)
+
+
+def _added_texts(files: Files) -> set[str]:
+    return {added["content"] for added in files.added.values()}
