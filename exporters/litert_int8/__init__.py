@@ -19,31 +19,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from exporters.base import ExporterOptions, refuse_features
+from exporters.base import ExporterOptions
 from exporters.litert_int8 import packing
 from lilliput.artifact import PROVENANCE, Artifact, canonical
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
-from lilliput.model import FEATURES, QuantizedModel, Role, TracedModel, role_of
+from lilliput.model import QuantizedModel, Role, TracedModel, role_of
 
 MODEL_FILE = "model.tflite"
 BUNDLE_FILE = "bundle.litertlm"
 
 
 class Options(ExporterOptions):
-    """`bundle`: also write the .litertlm that LiteRT-LM opens. `short_prefill`: tokens of a second prefill signature.
+    """`bundle`: also write the .litertlm that LiteRT-LM opens. `prefill_lengths`: tokens of further prefill signatures,
+    beside the one of the recipe's `prefill`.
 
-    A prompt's remainder is padded to a prefill signature's length. With a short one beside the long one the
+    A prompt's remainder is padded to a prefill signature's length. With short ones beside the long one the
     padding costs less, and LiteRT-LM, which refuses a padded prefill that would pass the end of the cache, gets
-    that much closer to it. 0: none.
+    that much closer to it. Each adds its operators to the file, no weights. A length that the context does not hold is
+    left out.
     """
 
     bundle: bool = True
-    short_prefill: int = Field(default=16, ge=0)
+    prefill_lengths: tuple[Annotated[int, Field(ge=1)], ...] = (16,)
 
 
 class Exporter:
@@ -59,6 +61,7 @@ class Exporter:
         self, model: QuantizedModel, traced: TracedModel, options: ExporterOptions, folder: Path, *, exact: bool = False
     ) -> Artifact:
         from exporters.litert_int8 import flatbuffer, lowering, weights
+        from lilliput.delegation import delegation
 
         assert isinstance(options, Options)
         prefill, decode = traced.signature("prefill"), traced.signature("decode")
@@ -66,7 +69,8 @@ class Exporter:
         self._check(model, context, chunk)
         file, held = flatbuffer.Model(), weights.Weights(model, exact)
         lowering.lower(file, model.config, held, decode, 1, context)
-        for steps in sorted({chunk, min(options.short_prefill or chunk, chunk)}):
+        lengths = sorted({chunk, *(length for length in options.prefill_lengths if length <= context)})
+        for steps in lengths:
             lowering.lower(file, model.config, held, prefill, steps, context)
         file.metadata(PROVENANCE, canonical(model.provenance))
         file.write(folder / MODEL_FILE)
@@ -74,7 +78,8 @@ class Exporter:
             from exporters.litert_int8 import bundle
 
             bundle.write(model, folder / MODEL_FILE, context, folder / BUNDLE_FILE)
-        return Artifact(folder, "litert_int8", MODEL_FILE, context, chunk)
+        said = () if exact else (f"XNNPACK: {delegation(folder / MODEL_FILE)}",)
+        return Artifact(folder, "litert_int8", MODEL_FILE, context, lengths[-1], notes=said)
 
     def read(self, artifact: Artifact) -> Mapping[str, QuantizedTensor | Float]:
         from exporters.litert_int8 import weights
@@ -82,7 +87,6 @@ class Exporter:
         return weights.read(artifact.path)
 
     def _check(self, model: QuantizedModel, context: int, chunk: int) -> None:
-        refuse_features(model.config, frozenset(FEATURES), "LiteRT")
         if chunk > context:
             raise ExportError(f"prefill of {chunk} tokens into a cache of {context}: choose prefill ≤ context")
         if model.config.positions == "learned" and context > model.config.max_positions:

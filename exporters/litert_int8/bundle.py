@@ -2,7 +2,8 @@
 
 LlmMetadata says how a conversation becomes tokens: the chat template (LiteRT-LM renders Jinja itself), the
 start token where the tokenizer puts one before a text, and the stop tokens: the tokenizer's end of
-sequence, and the special tokens that the chat template writes after an assistant's answer.
+sequence, and the special tokens that the chat template writes after an assistant's answer. Its model type tells
+LiteRT-LM how the family writes calls of tools and images; a family without one is the generic type.
 
 litert-lm-builder stamps each bundle with a random uuid and the time. Here the uuid is derived from the model's
 sha256 and the time is the epoch, so that the same model gives the same bytes.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from litert_lm_builder import litertlm_builder as builder
-from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2
+from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
 from lilliput.artifact import sha256
 from lilliput.errors import ExportError
@@ -35,6 +36,7 @@ TEXT_OF_PARTS = (
     "{%- set flat.messages = flat.messages + [{'role': m['role'], 'content': text}] -%}{%- endif -%}"
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
+MODEL_TYPES = {"gemma3": "gemma3", "qwen2": "qwen2p5", "qwen3": "qwen3"}  # LlmModelType's field by the decoder's family
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -56,7 +58,10 @@ def write(model: QuantizedModel, tflite: Path, context: int, path: Path) -> None
         )
     file = builder.LitertLmFileBuilder()
     metadata_file = path.with_suffix(".metadata")
-    metadata_file.write_bytes(metadata(conversation(model.tokenizer), context).SerializeToString(deterministic=True))
+    kind = MODEL_TYPES.get(model.config.family, "generic_model")
+    metadata_file.write_bytes(
+        metadata(conversation(model.tokenizer), context, kind).SerializeToString(deterministic=True)
+    )
     try:
         file.add_llm_metadata(str(metadata_file))
         file.add_hf_tokenizer(str(tokenizer))
@@ -67,11 +72,11 @@ def write(model: QuantizedModel, tflite: Path, context: int, path: Path) -> None
         metadata_file.unlink()
 
 
-def metadata(talk: Conversation, context: int) -> Any:
-    """LlmMetadata, as LiteRT-LM's protocol buffer."""
+def metadata(talk: Conversation, context: int, kind: str = "generic_model") -> Any:
+    """LlmMetadata, as LiteRT-LM's protocol buffer; `kind` is the field of LlmModelType that is set."""
     message = llm_metadata_pb2.LlmMetadata()
     message.max_num_tokens = context
-    message.llm_model_type.CopyFrom(llm_model_type_pb2.LlmModelType(generic_model=llm_model_type_pb2.GenericModel()))
+    getattr(message.llm_model_type, kind).SetInParent()
     if talk.start_token is not None:
         message.start_token.token_str = talk.start_token
     for token in talk.stop_tokens:

@@ -6,8 +6,8 @@
     a folder otherwise             the model file in it, or all its .safetensors
     one part of a split .gguf      the whole model, from all parts beside it
 
-Nothing is loaded into a runtime, and no weight is read: formats' headers say all that is shown. Sizes are the
-bytes that are stored, scales and offsets included.
+No weight is read: formats' headers say what is shown, but for a .tflite's delegation, which its runtime is asked. Sizes
+are the bytes that are stored, scales and offsets included.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ constant tensor that its blockwise details name; their bytes are counted with it
 operators that read a tensor: a table that EMBEDDING_LOOKUP or GATHER reads is the embedding, and the head too
 where FULLY_CONNECTED reads it as well; else the head is the FULLY_CONNECTED table of the embedding's shape.
 
+What XNNPACK takes of a file is asked of the interpreter (lilliput.delegation), the one thing here that opens a runtime.
 A bundle (lilliput.lm_bundle) holds the model in its TFLiteModel section.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lilliput import lm_bundle
+from lilliput.delegation import delegation
 from lilliput.errors import ArtifactError, MissingPackageError
 from lilliput.inspection.found import Contents, TensorFound, shortened
 from lilliput.model import Role
@@ -69,9 +71,17 @@ def read(file: Path) -> Contents:
                 return _bundle(file, data)
             if data[4:8] != MAGIC:
                 raise ArtifactError(f"{file}: begins with neither {MAGIC!r} nor {lm_bundle.MAGIC!r}: not a TFLite file")
-            return _model(bytes(data), "TFLite")
+            found = _model(bytes(data), "TFLite")
         except lm_bundle.DAMAGES as error:
             raise ArtifactError(f"{file}: is damaged ({type(error).__name__} in its tables): write it again") from error
+    return replace(found, metadata={**found.metadata, "XNNPACK takes": _delegation(file)})
+
+
+def _delegation(file: Path) -> str:
+    try:
+        return str(delegation(file))
+    except (RuntimeError, ValueError) as error:  # the interpreter's own: operators of other packages, sizes not known
+        return f"not known, the interpreter does not open it ({shortened(error)})"
 
 
 def _bundle(file: Path, data: mmap.mmap) -> Contents:

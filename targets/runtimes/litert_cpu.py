@@ -19,7 +19,6 @@ signatures share the packed weights (SmolLM2-135M at int8, one run: 274 instead 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -165,38 +164,3 @@ def compiled_model(artifact: Artifact, threads: int) -> Any:
         return CompiledModel.from_file(str(artifact.path), options=Options(cpu_options=cpu))
     except Exception as error:  # the runtime's bindings raise bare RuntimeErrors
         raise ArtifactError(f"{artifact.path}: LiteRT does not open it ({error})") from error
-
-
-@dataclass(frozen=True)
-class Delegation:
-    """What XNNPACK took of the decode step: how many parts it made of it, and the operators left to LiteRT's own
-    kernels, by name and count."""
-
-    partitions: int
-    delegated: int
-    left: dict[str, int]
-
-
-def delegation(artifact: Artifact) -> Delegation:
-    """Ask LiteRT's interpreter after its delegate has partitioned the graph.
-
-    The interpreter lists the operators of the file's first subgraph, which is `decode`, and the delegate's
-    behind them. What runs is what the outputs need, a tensor coming from a delegate's part where there is one.
-    """
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(str(artifact.path), num_threads=1)
-    interpreter.allocate_tensors()
-    operators = interpreter._get_ops_details()
-    parts = [o for o in operators if o["op_name"] == "DELEGATE"]
-    makers = {int(t): o for o in operators if o["op_name"] != "DELEGATE" for t in o["outputs"]}
-    makers |= {int(t): o for o in parts for t in o["outputs"]}
-    running: dict[int, Any] = {}
-    wanted = [int(d["index"]) for d in interpreter.get_output_details()]
-    while wanted:
-        maker = makers.get(wanted.pop())
-        if maker is not None and maker["index"] not in running:
-            running[maker["index"]] = maker
-            wanted += [int(t) for t in maker["inputs"] if t >= 0]
-    left = Counter(o["op_name"] for o in running.values() if o["op_name"] != "DELEGATE")
-    return Delegation(len(parts), len(operators) - len(parts) - left.total(), dict(sorted(left.items())))

@@ -67,11 +67,16 @@ def solved(folder: Path, model: str, rules: str) -> QuantizedModel:
     return QuantizedModel(source.name, source.config, quantized, floats, source.tokenizer, {})
 
 
-def export(model: QuantizedModel, folder: Path, *, exact: bool = False, bundle: bool = False) -> Artifact:
+def export(
+    model: QuantizedModel, folder: Path, *, exact: bool = False, bundle: bool = False,
+    prefill_lengths: tuple[int, ...] = (4,),
+) -> Artifact:  # fmt: skip
     folder.mkdir()
     with torch.device("meta"):
         traced = trace(Decoder(model.config), CONTEXT, CHUNK)
-    return Exporter().export(model, traced, Options(bundle=bundle, short_prefill=4), folder, exact=exact)
+    return Exporter().export(
+        model, traced, Options(bundle=bundle, prefill_lengths=prefill_lengths), folder, exact=exact
+    )
 
 
 def reference(model: QuantizedModel, tokens: list[int]) -> Float:

@@ -12,10 +12,12 @@ from typing import Any
 import jinja2
 import pytest
 from litert_cases import export, solved
+from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from tiny_models import BOS, EOS, save_tokenizer
 from tokenizers import Tokenizer
 
 from exporters.litert_int8 import BUNDLE_FILE, bundle
+from lilliput import lm_bundle
 from lilliput.errors import ExportError
 
 CHILD = Path(__file__).parent / "litert_lm_child.py"
@@ -39,6 +41,20 @@ def test_litert_lm_opens_a_tiny_bundle_and_runs_it(tmp_path: Path) -> None:
     assert seen["ids"] == [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert seen["rendered"].startswith(f"{BOS}user\nThe lazy dog{EOS}\n")
     assert seen["tokens"] > len(tokenizer.encode(seen["rendered"], add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("gemma3", "gemma3"), ("qwen3", "qwen3"), ("qwen2", "qwen2p5")])
+def test_a_family_has_its_own_type_in_litert_lm(tmp_path: Path, model: str, kind: str) -> None:
+    given = solved(tmp_path, model, "common")
+    artifact = export(given, tmp_path / "out", bundle=True)
+    data = (artifact.folder / BUNDLE_FILE).read_bytes()
+    section = next(s for s in lm_bundle.sections(data) if s.kind == lm_bundle.METADATA)
+    message = llm_metadata_pb2.LlmMetadata()
+    message.ParseFromString(data[section.begin : section.end])
+    assert message.llm_model_type.WhichOneof("model_type") == kind
+    seen = litert_lm(artifact.folder / BUNDLE_FILE, "The lazy dog", 4)
+    assert seen["rendered"].startswith(f"{BOS}user\nThe lazy dog{EOS}\n")
+    assert seen["tokens"] > 4
 
 
 def test_the_conversation_is_read_from_the_tokenizer(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from tiny_models import tiny_source
 from exporters.litert_int8 import BUNDLE_FILE, Exporter, flatbuffer
 from exporters.litert_int8.weights import store
 from lilliput.artifact import sha256
+from lilliput.delegation import delegation
 from lilliput.errors import ArtifactError, ExportError
 from lilliput.grid import QuantizedTensor
 from lilliput.model import QuantizedModel
-from targets.runtimes.litert_cpu import delegation
 
 
 def unequal(model: QuantizedModel, stored: object) -> list[str]:
@@ -74,17 +74,20 @@ def test_shipped_files_differ_by_their_activations_only(tmp_path: Path, rules: s
 def test_everything_but_lookups_and_the_cache_is_delegated(tmp_path: Path) -> None:
     given = solved(tmp_path, "grouped", "common")
     layers = given.config.num_layers
-    found = delegation(export(given, tmp_path / "out"))
+    artifact = export(given, tmp_path / "out")
+    found = delegation(artifact.path)
+    assert artifact.notes == (f"XNNPACK: {found}",)
     assert found.partitions == layers + 1
+    assert found.share == pytest.approx(found.delegated / (found.delegated + 8))
     assert found.left == {"CONCATENATION": 1, "DYNAMIC_UPDATE_SLICE": 2 * layers, "EMBEDDING_LOOKUP": 2, "RESHAPE": 1}
 
 
 @pytest.mark.parametrize(("model", "tables"), [("qwen3", 1), ("gemma3", 2)])
 def test_windows_and_norms_of_heads_are_delegated_too(tmp_path: Path, model: str, tables: int) -> None:
-    """Beside lookups (tokens, rotary tables) and caches, one conversion of the positions that windows are counted by."""
+    """Beside lookups (tokens, rotary tables) and caches, one conversion of the positions that windows count by."""
     given = solved(tmp_path, model, "common")
     layers = given.config.num_layers
-    found = delegation(export(given, tmp_path / "out"))
+    found = delegation(export(given, tmp_path / "out").path)
     left = {"CONCATENATION": 1, "DYNAMIC_UPDATE_SLICE": 2 * layers, "EMBEDDING_LOOKUP": 1 + tables, "RESHAPE": 1}
     assert found.left == left | ({"CAST": 1} if any(given.config.windows) else {})
     assert found.partitions == layers + 1
@@ -134,6 +137,19 @@ def test_signatures_are_those_that_litert_lm_expects(tmp_path: Path) -> None:
     assert shapes["input_pos"] == (CHUNK,)
     assert shapes["mask"] == (1, 1, CHUNK, CONTEXT)
     assert shapes["kv_cache_k_0"] == shapes["kv_cache_v_1"] == (1, 2, CONTEXT, 16)
+
+
+def test_every_length_of_prefill_has_a_signature_and_computes_the_same(tmp_path: Path) -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    given = solved(tmp_path, "gemma3", "common")
+    artifact = export(given, tmp_path / "out", exact=True, prefill_lengths=(2, 4, CONTEXT, 2 * CONTEXT))
+    signatures = set(Interpreter(str(artifact.path)).get_signature_list())
+    assert signatures == {"decode", *(f"prefill_{n}" for n in (2, 4, CHUNK, CONTEXT))}
+    wanted = reference(given, TOKENS)
+    for prompt in (3, 7, 15, 20):
+        seen = logits(artifact, TOKENS[:prompt], prompt, exact=True)[0]
+        assert np.abs(seen - wanted[prompt - 1]).max() <= 1e-4 * wanted.std()
 
 
 def test_a_grid_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from exporters.litert_int8 import BUNDLE_FILE, Exporter, Options
 from lilliput import decoder, source, texts
 from lilliput.artifact import Artifact
+from lilliput.delegation import delegation
 from lilliput.grid import QuantizedTensor
 from lilliput.model import QuantizedModel, SourceModel
 from lilliput.trace import trace
-from targets.runtimes.litert_cpu import Runtime, delegation
+from targets.runtimes.litert_cpu import Runtime
 
 pytestmark = pytest.mark.real
 
@@ -50,7 +51,7 @@ def test_file_is_small_reads_back_and_is_delegated(model: QuantizedModel, shippe
         stored = weights[name]
         assert isinstance(stored, QuantizedTensor)
         assert stored.same_as(tensor), name
-    found = delegation(shipped)
+    found = delegation(shipped.path)
     assert found.partitions == 31
     assert set(found.left) == {"CONCATENATION", "DYNAMIC_UPDATE_SLICE", "EMBEDDING_LOOKUP", "RESHAPE"}
 

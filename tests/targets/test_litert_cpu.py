@@ -29,7 +29,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with torch.device("meta"):
         traced = trace(Decoder(model.config), CONTEXT, CHUNK)
     (folder / "out").mkdir()
-    return Exporter().export(model, traced, Options(bundle=False, short_prefill=4), folder / "out", exact=True)
+    return Exporter().export(model, traced, Options(bundle=False, prefill_lengths=(4,)), folder / "out", exact=True)
 
 
 @pytest.fixture
