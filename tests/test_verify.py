@@ -17,8 +17,9 @@ from tiny_models import tiny_llama
 
 from lilliput import cli, embedded, manifest, pipeline
 from lilliput.errors import ArtifactError, SourceError
+from lilliput.report import StageTime
 from lilliput.run import PlannedStage, Quiet, Watcher
-from lilliput.verify import Verification, verify
+from lilliput.verify import Verification, verify_all
 
 TARGETS = ("onnx", "litert", "gguf")
 MAIN = {"onnx": "model.onnx", "litert": "model.tflite", "gguf": "model.gguf"}
@@ -38,7 +39,8 @@ def quiet(stages: Sequence[PlannedStage]) -> nullcontext[Watcher]:
 
 
 def look(folder: Path, *, rebuild: bool = False, model: str | None = None) -> Verification:
-    return verify(folder, rebuild=rebuild, model=model, watch=quiet)
+    (found,) = verify_all([folder], rebuild=rebuild, model=model, watch=quiet)
+    return found
 
 
 def edit(folder: Path, **values: object) -> None:
@@ -156,12 +158,22 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
     assert cli.answer(["verify", str(tmp_path)]) == 2
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_rebuild_gives_the_same_bytes(made: Made, target: str) -> None:
-    found = look(made.out / target, rebuild=True)
-    assert found.differences == ()
-    assert set(found.rebuilt) == set(manifest.read(made.out / target).files)
-    assert len(found.rebuilt) == found.files
+def test_a_rebuild_gives_the_same_bytes_and_solves_once_for_all(made: Made) -> None:
+    done: list[str] = []
+
+    class Listening(Quiet):
+        def finished(self, stage: StageTime) -> None:
+            done.extend([] if stage.cached else [stage.name])
+
+    folders = [made.out / target for target in TARGETS]
+    for folder, found in zip(
+        folders, verify_all(folders, rebuild=True, watch=lambda _: nullcontext(Listening())), strict=True
+    ):
+        assert found.differences == ()
+        assert set(found.rebuilt) == set(manifest.read(folder).files)
+        assert len(found.rebuilt) == found.files
+    common = ["source", "samples", "statistics", "quantize:int4-b32+int8-channel", "trace"]
+    assert sorted(done) == sorted([*common, *(f"export:{target}" for target in TARGETS)])
 
 
 def test_a_rebuild_takes_the_source_from_where_it_lies_now(made: Made, tmp_path: Path) -> None:
