@@ -73,7 +73,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Do a recipe: quantize, export, prove each artifact on its runtime, report."""
-    from lilliput import escalation, pipeline, terminal
+    from lilliput import decide, escalation, pipeline, terminal
     from lilliput.recipe import Auto, load
     from lilliput.terminal_progress import StageDisplay
 
@@ -93,8 +93,7 @@ def run(
     if dry_run:
         typer.echo(terminal.plan_json(plan)) if as_json else terminal.show_plan(plan)
         return
-    with StageDisplay(plan.stages) as watcher:
-        done = pipeline.run(plan, watcher)
+    done = decide.run(plan, lambda plan: StageDisplay(plan.stages))
     terminal.show_run(done, out, as_json)
     raise typer.Exit(done.exit_code)
 

@@ -207,7 +207,7 @@ def _evaluation(recipe: Recipe, loaded: Stage) -> Stage:
     text = wanted.text if wanted.text in EVALUATION_TEXTS else Path(wanted.text)
     return Stage(
         "evaluation", "", (loaded,), (),
-        {**wanted.model_dump(exclude={"suites"}), "sha256": _text_sha256(wanted.text)},
+        {**wanted.model_dump(exclude={"suites", "most"}), "sha256": _text_sha256(wanted.text)},
         lambda at, folder, progress: evaluation.work(at(loaded), text, wanted.count, wanted.length, folder, progress),
     )  # fmt: skip
 

@@ -395,6 +395,7 @@ class Evaluation(Strict):
 
     text: str = Field(default="builtin", min_length=1)
     count: int = Field(default=8, ge=1)
+    most: int | None = Field(default=None, ge=1)  # chunks that open gates may draw (lilliput.decide); None: no more
     length: int = Field(default=512, ge=4)  # tokens in a chunk
     suites: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()  # questions too: built-in suites, JSONL files
 
