@@ -34,7 +34,8 @@ def test_a_classifier_is_traced_and_proven(tmp_path: Path) -> None:
     assert [(info.name, info.shape) for info in source.network.inputs] == [
         ("input_ids", (1, 10)), ("attention_mask", (1, 10)),
     ]  # fmt: skip
-    assert source.network.shape(source.network.outputs[0]) == (1, 2)
+    assert source.network.outputs == ("logits",)
+    assert source.network.shape("logits") == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,22 +39,22 @@ DTYPES = {torch.float32: "float32", torch.int32: "int32", torch.int64: "int32"}
 
 def trace(
     module: nn.Module, inputs: Mapping[str, Tensor], *, name: str, mask: str | None = None,
-    mask_value: float = MASK_VALUE,
+    mask_value: float = MASK_VALUE, outputs: Sequence[str] = (),
 ) -> Network:  # fmt: skip
-    """Trace `module` (in eval mode) on example inputs by name, in the order of its arguments.
+    """Trace `module` (in eval mode) on example inputs by name, in the order of its arguments; `outputs` name results.
 
     Raises SourceError naming the node whose operator no exporter would know.
     """
     with torch.no_grad():
         program = export(module.eval(), tuple(inputs.values()), strict=False)
-    return read(program, name=name, inputs=tuple(inputs), mask=mask, mask_value=mask_value)
+    return read(program, name=name, inputs=tuple(inputs), mask=mask, mask_value=mask_value, outputs=outputs)
 
 
 def read(
     program: ExportedProgram, *, name: str, inputs: Sequence[str] = (), mask: str | None = None,
-    mask_value: float = MASK_VALUE,
+    mask_value: float = MASK_VALUE, outputs: Sequence[str] = (),
 ) -> Network:  # fmt: skip
-    """The network of an exported program. `inputs` rename its user inputs."""
+    """The network of an exported program. `inputs` and `outputs` rename its own."""
     with warnings.catch_warnings():  # torch copies its own tree specifications in a way that it deprecates
         warnings.simplefilter("ignore", FutureWarning)
         program = program.run_decompositions({})
@@ -64,7 +64,21 @@ def read(
         if fx.op == "call_function":
             reading.call(fx)
     results = next(fx for fx in program.graph.nodes if fx.op == "output").args[0]
-    return reading.network(name, [fx for fx in results if isinstance(fx, FxNode)], mask)
+    network = reading.network(name, [fx for fx in results if isinstance(fx, FxNode)], mask)
+    return _with_outputs(network, outputs) if outputs else network
+
+
+def _with_outputs(network: Network, names: Sequence[str]) -> Network:
+    """The network with its outputs, which are distinct values of its nodes, under these names."""
+    assert len(names) == len(set(network.outputs))
+    assert not set(names) & {*network.values, *network.parameters}
+    new = dict(zip(network.outputs, names, strict=True))
+    nodes = tuple(
+        replace(node, name=new.get(node.name, node.name), inputs=tuple(new.get(i, i) for i in node.inputs))
+        for node in network.nodes
+    )
+    values = {new.get(key, key): replace(info, name=new.get(key, key)) for key, info in network.values.items()}
+    return replace(network, outputs=tuple(names), nodes=nodes, values=values)
 
 
 @dataclass

@@ -83,7 +83,8 @@ def _folder(path: Path, positions: int) -> NetworkSource:
         raise SourceError(f"{path}: {positions} positions are asked for, the model has 1 to {most}")
     module.eval()
     batches = [_sentence(int(config["vocab_size"]), positions, i) for i in range(PROOFS)]
-    network = trace(module, batches[0], name=path.resolve().name, mask="attention_mask")
+    given = {"logits": "logits", "hidden": "hidden_states"}.get(module.gives, "embedding")
+    network = trace(module, batches[0], name=path.resolve().name, mask="attention_mask", outputs=(given,))
     with torch.no_grad():
         proof = prove(network, batches, [module(**batch) for batch in batches], "transformers'")
     return NetworkSource(network, path, proof)
