@@ -47,6 +47,7 @@ OPERATOR_VERSIONS = {
     "BATCH_MATMUL": 1,
     "CAST": 1,
     "CONCATENATION": 1,
+    "DEQUANTIZE": 2,
     "DYNAMIC_UPDATE_SLICE": 1,
     "EMBEDDING_LOOKUP": 1,
     "FULLY_CONNECTED": 5,
@@ -62,9 +63,38 @@ OPERATOR_VERSIONS = {
     "SLICE": 1,
     "SOFTMAX": 1,
     "SQUARED_DIFFERENCE": 1,
+    "STRIDED_SLICE": 1,
     "SUB": 1,
     "TANH": 1,
     "TRANSPOSE": 1,
+}
+
+# The same where the output is int8 (tensorflow/lite/tools/versioning/op_version.cc).
+INT8_VERSIONS = {
+    "ADD": 2,
+    "BATCH_MATMUL": 2,
+    "CONCATENATION": 2,
+    "CONV_2D": 3,
+    "DEPTHWISE_CONV_2D": 3,
+    "FULLY_CONNECTED": 5,
+    "GATHER": 2,
+    "GELU": 2,
+    "HARD_SWISH": 1,
+    "LOGISTIC": 2,
+    "MAXIMUM": 2,
+    "MAX_POOL_2D": 2,
+    "MEAN": 2,
+    "MINIMUM": 2,
+    "MUL": 2,
+    "PAD": 2,
+    "QUANTIZE": 2,
+    "RELU": 2,
+    "RESHAPE": 1,
+    "SOFTMAX": 2,
+    "STRIDED_SLICE": 2,
+    "SUB": 2,
+    "TANH": 2,
+    "TRANSPOSE": 2,
 }
 
 
@@ -82,7 +112,7 @@ class Model:
     def __init__(self) -> None:
         self._buffers: list[Array | None] = [None]  # buffer 0 is the empty one, by the format's rule
         self._named: dict[str, int] = {}
-        self._codes: dict[str, int] = {}
+        self._codes: dict[tuple[str, int], int] = {}
         self._graphs: list[Graph] = []
         self._metadata: dict[str, int] = {}
 
@@ -98,8 +128,8 @@ class Model:
             self._buffers.append(np.ascontiguousarray(data))
         return self._named[name]
 
-    def code(self, operator: str) -> int:
-        return self._codes.setdefault(operator, len(self._codes))
+    def code(self, operator: str, version: int) -> int:
+        return self._codes.setdefault((operator, version), len(self._codes))
 
     def metadata(self, name: str, text: str) -> None:
         """A named text; its buffer stays inside the flatbuffer, where readers of metadata look for it."""
@@ -126,7 +156,7 @@ class Model:
         """The flatbuffer, with large buffers at `places` (offset, size)."""
         model = schema.ModelT()
         model.version, model.description = SCHEMA_VERSION, DESCRIPTION
-        model.operatorCodes = [_operator_code(name) for name in self._codes]
+        model.operatorCodes = [_operator_code(*code) for code in self._codes]
         model.subgraphs = [graph.table() for graph in self._graphs]
         model.signatureDefs = [graph.signature(i) for i, graph in enumerate(self._graphs)]
         model.buffers = [_buffer(data, places.get(i)) for i, data in enumerate(self._buffers)]
@@ -142,6 +172,7 @@ class Graph:
     def __init__(self, model: Model, name: str) -> None:
         self.model, self.name = model, name
         self.shapes: list[tuple[int, ...]] = []
+        self.dtypes: list[str] = []
         self._tensors: list[Any] = []
         self._operators: list[Any] = []
         self._constants: dict[str, int] = {}
@@ -156,10 +187,12 @@ class Graph:
         table.quantization = schema.QuantizationParametersT()
         self._tensors.append(table)
         self.shapes.append(tuple(int(n) for n in shape))
+        self.dtypes.append(dtype)
         return len(self._tensors) - 1
 
-    def input(self, name: str, shape: Sequence[int], dtype: str = "float32") -> int:
-        self._inputs[name] = self.tensor(shape, dtype, f"{self.name}_{name}")
+    def input(self, name: str, shape: Sequence[int], dtype: str = "float32", tensor: str | None = None) -> int:
+        """A named input of the signature; `tensor` is its tensor's own name."""
+        self._inputs[name] = self.tensor(shape, dtype, tensor or f"{self.name}_{name}")
         return self._inputs[name]
 
     def output(self, name: str, tensor: int) -> None:
@@ -187,10 +220,17 @@ class Graph:
             parameters.scale = scales.astype(np.float32)
             parameters.zeroPoint = np.zeros(scales.size, dtype=np.int64)
 
+    def place(self, tensor: int, scales: Array, zero_points: Array, axis: int = 0) -> None:
+        """Say that a tensor of integers is x ≈ scale · (code − zero point), per tensor or along an axis."""
+        parameters = self._tensors[tensor].quantization
+        parameters.scale, parameters.zeroPoint = scales.astype(np.float32), zero_points.astype(np.int64)
+        parameters.quantizedDimension = axis
+
     def operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], **options: object) -> None:
         """Append an operator; -1 is an absent input. `options` are fields of the operator's options table."""
         table = schema.OperatorT()
-        table.opcodeIndex = self.model.code(code)
+        versions = INT8_VERSIONS if self.dtypes[outputs[0]] == "int8" else OPERATOR_VERSIONS
+        table.opcodeIndex = self.model.code(code, versions[code])
         table.inputs, table.outputs = list(inputs), list(outputs)
         if options:
             kind = OPTIONS[code]
@@ -216,13 +256,19 @@ class Graph:
 OPTIONS = {
     "ADD": "AddOptions",
     "BATCH_MATMUL": "BatchMatMulOptions",
+    "CAST": "CastOptions",
     "CONCATENATION": "ConcatenationOptions",
+    "CONV_2D": "Conv2DOptions",
+    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions",
+    "GATHER": "GatherOptions",
     "GELU": "GeluOptions",
+    "MAX_POOL_2D": "Pool2DOptions",
     "MEAN": "ReducerOptions",
     "MUL": "MulOptions",
     "PACK": "PackOptions",
     "SOFTMAX": "SoftmaxOptions",
+    "STRIDED_SLICE": "StridedSliceOptions",
     "SUB": "SubOptions",
 }
 
@@ -242,11 +288,11 @@ def _metadata(name: str, buffer: int) -> Any:
     return table
 
 
-def _operator_code(name: str) -> Any:
+def _operator_code(name: str, version: int) -> Any:
     code = schema.OperatorCodeT()
     code.builtinCode = getattr(schema.BuiltinOperator, name)
     code.deprecatedBuiltinCode = min(code.builtinCode, 127)  # the old field is a byte; 127 says "see the new one"
-    code.version = OPERATOR_VERSIONS[name]
+    code.version = version
     return code
 
 
@@ -286,6 +332,30 @@ def read_constants(path: Path) -> Iterator[StoredTensor]:
                 continue
             seen.add(name)
             yield StoredTensor(name, _type_name(tensor.type), _shape(tensor), data, _scales(raw, model, graph, tensor))
+
+
+@dataclass(frozen=True, eq=False)
+class StoredGrid:
+    """How a tensor of integers is scaled: x ≈ scale · (code − zero point), along `axis` where there are several."""
+
+    scales: npt.NDArray[np.float32]
+    zero_points: npt.NDArray[np.int64]
+    axis: int
+
+
+def read_grids(path: Path) -> dict[str, StoredGrid]:
+    """Of every tensor of the file that has one, constants and values, by name."""
+    _, model = _open(path)
+    return {
+        tensor.name.decode(): StoredGrid(
+            np.asarray(tensor.quantization.scale, np.float32),
+            np.asarray(tensor.quantization.zeroPoint, np.int64),
+            int(tensor.quantization.quantizedDimension),
+        )
+        for graph in model.subgraphs
+        for tensor in graph.tensors
+        if tensor.quantization is not None and tensor.quantization.scale is not None
+    }
 
 
 def _open(path: Path) -> tuple[npt.NDArray[np.uint8], Any]:
