@@ -33,7 +33,7 @@ def dequantized(model: nn.Module, trained: StaticModel) -> nn.Module:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             assert isinstance(part, StaticFakeQuant)
             layer.weight.copy_(torch.from_numpy(shipped.weight.dequantize()).view_as(layer.weight))
-            if part.layer.bias is not None:
+            if layer.bias is not None and part.layer.bias is not None:
                 layer.bias.copy_(part.layer.bias)
     return student
 
