@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from lilliput.errors import MissingPackageError
 from lilliput.progress import Progress
 from lilliput.tasks.base import Examples, TaskFacts, TaskOptions, Trained, held_out
 
@@ -104,9 +105,11 @@ class Task:
 
 
 def _images() -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """(n, 1, 8, 8) float32 in 0..1, and (n,) int64."""
-    from sklearn.datasets import load_digits
-
+    """(n, 1, 8, 8) float32 in 0..1, and (n,) int64. Raises MissingPackageError without scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("scikit-learn", "tasks", "task 'digits'") from error
     found = load_digits()
     return (found.images[:, None] / BRIGHTEST).astype(np.float32), found.target.astype(np.int64)
 

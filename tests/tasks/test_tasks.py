@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny_spam import save_encoder, save_mails
 
-from lilliput.errors import SourceError
+from lilliput.errors import MissingPackageError, SourceError
 from lilliput.progress import silent
 from lilliput.tasks import digits, mails, spam
 from lilliput.tasks.base import Trained, accuracy, held_out
@@ -106,3 +107,11 @@ def test_the_mean_is_over_real_tokens_alone(tmp_path: Path) -> None:
 def test_an_encoder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"has no config\.json"):
         spam.Task().module(spam.Options(encoder=str(tmp_path)))
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(
+        MissingPackageError, match=r"'scikit-learn' is not installed, task 'digits' needs it.*\[tasks\]"
+    ):
+        digits.Task().source_sha256(digits.Options())
