@@ -20,6 +20,7 @@ from lilliput import figures
 from lilliput.ladder import Step, costliest, steps
 from lilliput.report import Coverage, Report
 from lilliput.report_device import device_rows
+from lilliput.report_plot import HEIGHT, WIDTH, plot
 from lilliput.report_table import (
     ALLOCATED,
     SLICES,
@@ -88,6 +89,9 @@ def html(report: Report) -> str:
         headline=headline(report),
         targets=_views(report.targets),
         scored=scored,
+        plot=plot(report),
+        plot_width=WIDTH,
+        plot_height=HEIGHT,
         tried_columns=TRIED_COLUMNS,
         tried=tried(report.escalation),
         allocated=ALLOCATED,

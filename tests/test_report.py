@@ -14,13 +14,14 @@ from sample_report import failing, inconclusive, ladder, latency, passing, repor
 from lilliput import figures
 from lilliput.errors import ArtifactError, OutputError
 from lilliput.ladder import costliest, guilty, steps
-from lilliput.report import Report, load, write
+from lilliput.report import Report, TriedRung, TriedTarget, load, write
 from lilliput.report_junit import junit
 from lilliput.report_page import html
+from lilliput.report_plot import BOTTOM, HEIGHT, LEFT, WIDTH, plot
 from lilliput.report_table import headline, markdown, reasons
 from lilliput.results import Rung
 
-VOID = {"meta", "br", "rect", "line"}
+VOID = {"meta", "br", "rect", "line", "path"}
 
 
 class Page(HTMLParser):
@@ -302,3 +303,36 @@ def test_a_report_refuses_what_is_no_number() -> None:
     with pytest.raises(ValueError, match="finite"):
         latency(float("nan"), 1, 1)
     assert Report.model_validate_json(report().model_dump_json()) == report()
+
+
+def test_the_plot_places_size_loss_and_speed() -> None:
+    small, large = passing(), failing()
+    found = plot(report(small, large))
+    assert found is not None
+    by_name = {dot.name: dot for dot in found.dots}
+    assert set(by_name) == {t.name for t in (small, large) if t.accuracy}
+    for a, b in ((small, large), (large, small)):
+        if a.artifact.size_bytes < b.artifact.size_bytes:
+            assert by_name[a.name].x < by_name[b.name].x
+        if a.accuracy and b.accuracy and a.accuracy.mean_kld < b.accuracy.mean_kld:
+            assert by_name[a.name].y > by_name[b.name].y
+    for dot in found.dots:
+        assert dot.x - dot.radius > LEFT
+        assert dot.x + dot.radius < WIDTH
+        assert dot.y - dot.radius > 0
+        assert dot.y + dot.radius < HEIGHT - BOTTOM + 2
+    page = html(report(small, large))
+    assert page.count("<circle ") == len(found.dots)
+
+
+def test_what_was_tried_is_a_ring_and_one_point_is_no_plot() -> None:
+    tried = TriedTarget(name="onnx", verdict="FAIL", size_bytes=10**8, mean_kld=0.3)
+    climbed = report(passing()).model_copy(
+        update={"escalation": (TriedRung(rung="rtn", what="round to nearest", seconds=1.0, targets=(tried,)),)}
+    )
+    found = plot(climbed)
+    assert found is not None
+    assert [dot.label for dot in found.dots] == ["1", ""]
+    assert found.dots[1].name == "onnx, rtn"
+    assert plot(report(passing())) is None
+    assert "<circle" not in html(report(passing()))
