@@ -15,8 +15,9 @@ from typing import ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.artifact import Artifact
+from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
-from lilliput.model import QuantizedModel, Role, TracedModel
+from lilliput.model import FEATURES, DecoderConfig, Feature, QuantizedModel, Role, TracedModel
 from lilliput.network import QuantizedNetwork
 
 
@@ -24,6 +25,16 @@ class ExporterOptions(BaseModel):
     """Base of every exporter's options: unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def refuse_features(config: DecoderConfig, lowered: frozenset[Feature], runtime: str) -> None:
+    """Raise ExportError naming what the decoder has and this exporter does not lower."""
+    strange = [feature for feature in FEATURES if feature in config.features - lowered]
+    if strange:
+        raise ExportError(
+            f"{runtime}: no lowering yet of {', '.join(strange)}, which this {config.family!r} model has: "
+            "choose another target"
+        )
 
 
 class Exporter(Protocol):

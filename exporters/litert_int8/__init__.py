@@ -23,15 +23,19 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from exporters.base import ExporterOptions
+from exporters.base import ExporterOptions, refuse_features
 from exporters.litert_int8 import packing
 from lilliput.artifact import PROVENANCE, Artifact, canonical
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
-from lilliput.model import QuantizedModel, Role, TracedModel, role_of
+from lilliput.model import Feature, QuantizedModel, Role, TracedModel, role_of
 
 MODEL_FILE = "model.tflite"
 BUNDLE_FILE = "bundle.litertlm"
+FEATURES: frozenset[Feature] = frozenset({
+    "qk_norm", "post_norms", "embedding_scale", "attention_scale", "sliding_window", "attention_softcap",
+    "logit_softcap", "rope_scaling", "local_rope", "partial_rope", "rope_free_layers",
+})  # fmt: skip
 
 
 class Options(ExporterOptions):
@@ -87,6 +91,7 @@ class Exporter:
         return weights.read(artifact.path)
 
     def _check(self, model: QuantizedModel, context: int, chunk: int) -> None:
+        refuse_features(model.config, FEATURES, "LiteRT")
         if chunk > context:
             raise ExportError(f"prefill of {chunk} tokens into a cache of {context}: choose prefill ≤ context")
         if model.config.positions == "learned" and context > model.config.max_positions:
