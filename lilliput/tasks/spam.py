@@ -93,10 +93,10 @@ class Task:
         assert isinstance(options, Options)
         place = mails.folder(options.mails)
         found, encoder = mails.read(place), _encoder(options.encoder)
+        found.sort(key=lambda mail: hashlib.sha256(mail.body.encode()).digest())  # by nothing that tells their label
         judges = [held_out(mail.body.encode(), options.held_out) for mail in found]
         evaluation = _examples([m for m, judge in zip(found, judges, strict=True) if judge], encoder, options.length)
         kept = [mail for mail, judge in zip(found, judges, strict=True) if not judge]
-        kept.sort(key=lambda mail: hashlib.sha256(mail.body.encode()).digest())  # by nothing that tells their label
         training = _examples(kept[: options.training], encoder, options.length)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
