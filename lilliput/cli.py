@@ -157,6 +157,42 @@ def inspect(
 
 
 @app.command()
+def network(
+    source: Annotated[str, typer.Argument(help="An encoder's folder, package:NAME/FILE, or a .pt2 of torch.export.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    exporter: Annotated[str, typer.Option(help="`lilliput list network_exporters`.")] = "onnx_qdq",
+    runtime: Annotated[str, typer.Option(help="`lilliput list network_runtimes`.")] = "ort_static_cpu",
+    activations: Annotated[str, typer.Option(help="uint16, uint8, int16 or int8.")] = "uint16",
+    integer: Annotated[str, typer.Option(help="all, or matrices: the rest stays in float32.")] = "all",
+    positions: Annotated[int, typer.Option(help="Tokens of an encoder's input.")] = 128,
+    samples: Annotated[Path | None, typer.Option(help="A text, or an .npz with an array per input.")] = None,
+    min_sqnr: Annotated[float, typer.Option(help="The gate on the loss, in dB.")] = 30.0,
+    chip: Annotated[str | None, typer.Option(help="A Snapdragon whose NPU is to take the nodes.")] = None,
+    npu_floor: Annotated[float, typer.Option(min=0, max=1, help="The gate on their share.")] = 1.0,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read a .pt2, which can run code.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Quantize an encoder or CNN for static integer runtimes, export it, and prove the file."""
+    from pydantic import ValidationError
+
+    from lilliput import static_network
+    from lilliput.errors import InputError
+
+    try:
+        request = static_network.Request(
+            source=source, out=out, exporter=exporter, runtime=runtime, activations=activations,  # type: ignore[arg-type]
+            integer=integer, positions=positions, samples=samples, min_sqnr_db=min_sqnr, chip=chip,  # type: ignore[arg-type]
+            npu_floor=npu_floor, allow_pickle=allow_pickle,
+        )  # fmt: skip
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--{first['loc'][0]}: {first['msg'].lower()}, seen {first['input']!r}") from error
+    report = static_network.quantize(request)
+    typer.echo(report.model_dump_json(indent=2) if as_json else "\n".join(static_network.lines(report)))
+    raise typer.Exit(0 if report.verdict == "PASS" else 1)
+
+
+@app.command()
 def npu(
     path: Annotated[Path, typer.Argument(help="A QDQ .onnx file, or a folder with model.onnx.")],
     chip: Annotated[str, typer.Option("--chip", help="A Snapdragon, sm8350 to sm8850, or sc8380xp.")] = "sm8650",

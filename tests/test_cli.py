@@ -20,7 +20,7 @@ from lilliput.report import Report, StageTime
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Run, Watcher
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "tensorflow", "numpy", "pydantic", "gguf", "jinja2", "yaml")
-COMMANDS = ("run", "validate", "inspect", "npu", "compare", "ab", "chat", "list", "schema", "doctor")
+COMMANDS = ("run", "validate", "inspect", "network", "npu", "compare", "ab", "chat", "list", "schema", "doctor")
 
 
 RECIPE = """

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lilliput.errors import ArtifactError
@@ -20,15 +16,13 @@ def coverage(path: Path, chip: Soc) -> Coverage:
     file = _file(path)
     if importlib.util.find_spec("onnxruntime_qnn") is None:
         return static_check.check(file, chip)
-    with _stdout_kept():
-        return qnn.place(file, chip)
+    return qnn.place(file, chip)
 
 
 def compiled(path: Path, chip: Soc, folder: Path) -> tuple[Path, ...]:
     """The context binary's files, written into `folder`. Raises ArtifactError naming nodes that are not the NPU's."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _stdout_kept():
-        return qnn.compile_context(_file(path), chip, folder)
+    return qnn.compile_context(_file(path), chip, folder)
 
 
 def described(found: Coverage, floor: float) -> str:
@@ -45,16 +39,3 @@ def _file(path: Path) -> Path:
     if not file.is_file():
         raise ArtifactError(f"{file}: does not exist, wanted an ONNX file in QDQ form")
     return file
-
-
-@contextmanager
-def _stdout_kept() -> Iterator[None]:
-    """What QNN's libraries print goes to stderr: stdout carries results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -11,7 +11,11 @@ early architecture, whose products of 16-bit activations are coarser: a SoC is a
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,9 +79,23 @@ def _session(path: Path, options: SessionOptions) -> InferenceSession:
     import onnxruntime as ort
 
     try:
-        return ort.InferenceSession(str(path), options)
+        with _stdout_kept():
+            return ort.InferenceSession(str(path), options)
     except Exception as error:  # onnxruntime raises its own kinds, one per status code
         raise ArtifactError(f"{path}: QNN cannot prepare it for the NPU ({error})") from error
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """What QNN's libraries print goes to stderr: stdout carries results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def place(path: Path, chip: Soc) -> Coverage:

@@ -1,0 +1,226 @@
+"""An encoder or CNN from its source to one proven static integer file: `lilliput network`.
+
+    source ─► trace ─► calibrate ─► solve ─► export ─► read back ─► on its runtime ─► report.json
+
+Samples are text for a model with a tokenizer (paragraphs; Python's reference where none is given), or an .npz file with
+one array (n, …) per input. Every HELD_OUT-th sample is kept from calibration and judges. The loss is SQNR in dB, one
+figure a rung: the solved network in torch (`twin`), and the file on its runtime (`runtime`). Gates: the file reads back
+without a difference; SQNR on the runtime; and for a chip, the share of nodes that its NPU takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from calibration import network_solve
+from calibration.clipping import RangeOptions
+from calibration.network_statistics import gather
+from lilliput import output, registry
+from lilliput.artifact import sha256
+from lilliput.errors import CalibrationError
+from lilliput.network import Network, QuantizedNetwork
+from lilliput.network.run import run, run_quantized
+from lilliput.results import Record, Verdict, worst
+from lilliput.source import resolve
+from lilliput.sources.network import NetworkSource, open_network
+from lilliput.texts import calibration_text
+from targets.npu import Coverage, cover, soc
+
+HELD_OUT = 8
+MOST_DB = 200.0  # below float32's own rounding
+LEAST_CHARACTERS = 60  # of a paragraph
+Batch = dict[str, Tensor]
+
+
+class Request(BaseModel):
+    """What is asked for. `chip` is a Snapdragon whose NPU is to take at least `npu_floor` of the nodes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    out: Path
+    exporter: str = "onnx_qdq"
+    runtime: str = "ort_static_cpu"
+    activations: Literal["uint8", "int8", "uint16", "int16"] = "uint16"
+    integer: Literal["all", "matrices"] = "all"
+    solver: str = "gptq"
+    positions: int = Field(default=128, ge=1)
+    samples: Path | None = None
+    count: int = Field(default=144, ge=HELD_OUT)
+    min_sqnr_db: float = 30.0
+    chip: str | None = None
+    npu_floor: float = Field(default=1.0, ge=0, le=1)
+    allow_pickle: bool = False
+
+
+class NetworkGate(Record):
+    name: str
+    seen: float
+    least: float
+
+    @property
+    def verdict(self) -> Verdict:
+        return "PASS" if self.seen >= self.least else "FAIL"
+
+
+class NetworkReport(Record):
+    """What is written to report.json."""
+
+    source: str
+    proof: str
+    notes: tuple[str, ...]  # of tracing and of the exporter: what is not as it was, or stays in float
+    solved: dict[str, str]
+    file: str
+    sha256: str
+    size_bytes: int
+    differences: tuple[str, ...]
+    calibration_samples: int
+    held_out: int
+    sqnr_db: dict[str, float]
+    coverage: Coverage | None
+    gates: tuple[NetworkGate, ...]
+    verdict: Verdict
+
+
+def quantize(request: Request) -> NetworkReport:
+    """Make the file in `request.out` and prove it. Raises LilliputError; nothing foreign is overwritten."""
+    registry.check_name("network_exporters", request.exporter)
+    registry.check_name("network_runtimes", request.runtime)
+    if request.chip is not None:
+        soc(request.chip)
+    output.check(request.out)
+    path = resolve(request.source)
+    source = open_network(path, positions=request.positions, allow_pickle=request.allow_pickle)
+    given = samples(source, request)
+    held, kept = given[::HELD_OUT], [batch for i, batch in enumerate(given) if i % HELD_OUT]
+    ranges = RangeOptions(dtype=request.activations)
+    options = network_solve.Options(solver=request.solver, ranges=ranges, integer=request.integer)
+    statistics = gather(source.network, kept, moments=network_solve.needs_moments(options))
+    model = network_solve.solve(source.network, statistics, options)
+    with output.claimed(request.out):
+        report = _written(request, source, model, (held, len(kept)))
+        (request.out / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def _written(
+    request: Request, source: NetworkSource, model: QuantizedNetwork, given: tuple[Sequence[Batch], int]
+) -> NetworkReport:
+    plugin = registry.load("network_exporters", request.exporter)()
+    artifact, notes = plugin.export(model, plugin.Options(), request.out)
+    differences = plugin.differences(model, artifact)
+    held, calibrated = given
+    exact = [run(model.network, batch) for batch in held]
+    found = {
+        "twin": sqnr_db(exact, [run_quantized(model, batch) for batch in held]),
+        "runtime": sqnr_db(exact, _on_runtime(request, artifact, held)),
+    }
+    coverage = cover.coverage(artifact.path, soc(request.chip)) if request.chip else None
+    gates = [
+        NetworkGate(name="reads_back", seen=float(not differences), least=1.0),
+        NetworkGate(name="sqnr_db", seen=found["runtime"], least=request.min_sqnr_db),
+    ]
+    if coverage is not None:
+        gates.append(NetworkGate(name="npu_share", seen=coverage.share, least=request.npu_floor))
+    return NetworkReport(
+        source=request.source, proof=source.proof, notes=(*source.network.notes, *notes), solved=dict(model.provenance),
+        file=artifact.main_file, sha256=sha256(artifact.path), size_bytes=artifact.size_bytes,
+        differences=tuple(differences), calibration_samples=calibrated, held_out=len(held), sqnr_db=found,
+        coverage=coverage, gates=tuple(gates), verdict=worst([gate.verdict for gate in gates]),
+    )  # fmt: skip
+
+
+def _on_runtime(request: Request, artifact: object, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    runtime = registry.load("network_runtimes", request.runtime)()
+    chip = {"chip": request.chip} if request.chip and request.runtime == "qnn_npu" else {}
+    session = runtime.open(artifact, 1, **chip)
+    try:
+        found = [session.run({name: x.numpy() for name, x in batch.items()}) for batch in batches]
+    finally:
+        session.close()
+    return [{name: torch.from_numpy(array) for name, array in answer.items()} for answer in found]
+
+
+def sqnr_db(exact: Sequence[Mapping[str, Tensor]], found: Sequence[Mapping[str, Tensor]]) -> float:
+    """10·log10(Σ x² / Σ (x − y)²) over all outputs; at most MOST_DB, where there is no difference."""
+    signal = noise = 0.0
+    for x, y in zip(exact, found, strict=True):
+        for name, array in x.items():
+            signal += float((array.double() ** 2).sum())
+            noise += float(((array - y[name]).double() ** 2).sum())
+    return min(MOST_DB, 10 * float(np.log10(signal / noise))) if noise and signal else MOST_DB
+
+
+def samples(source: NetworkSource, request: Request) -> list[Batch]:
+    """One sample each, by input. Raises CalibrationError where they do not fit the network, or are too few."""
+    if request.samples is not None and request.samples.suffix == ".npz":
+        found = _arrays(source.network, request.samples)
+    elif source.tokenizer is not None:
+        text = _text(request.samples) if request.samples is not None else calibration_text()
+        found = _tokens(source.tokenizer, text, request)
+    else:
+        raise CalibrationError(f"{request.source} has no tokenizer: give --samples, an .npz with an array per input")
+    if len(found) < HELD_OUT:
+        raise CalibrationError(f"{len(found)} samples, wanted {HELD_OUT} at least: give more by --samples")
+    return found[: request.count]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"--samples {path}: not a readable text ({error})") from error
+
+
+def _tokens(tokenizer_folder: Path, text: str, request: Request) -> list[Batch]:
+    """Paragraphs, evenly taken, padded or cut to the positions."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+    long = [part.strip() for part in text.split("\n\n") if len(part.strip()) >= LEAST_CHARACTERS]
+    found = []
+    for part in long[:: max(1, len(long) // request.count)]:
+        tokens = tokenizer(
+            part, padding="max_length", truncation=True, max_length=request.positions, return_tensors="pt"
+        )
+        found.append({"input_ids": tokens.input_ids.int(), "attention_mask": tokens.attention_mask.int()})
+    return found
+
+
+def _arrays(network: Network, path: Path) -> list[Batch]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"--samples {path}: not a readable .npz of plain arrays ({error})") from error
+    for info in network.inputs:
+        if info.name not in arrays or arrays[info.name].shape[1:] != info.shape[1:]:
+            seen = f"{info.name} {arrays[info.name].shape}" if info.name in arrays else f"only {sorted(arrays)}"
+            raise CalibrationError(f"--samples {path}: {seen}, wanted {info.name} (n, {str(info.shape[1:])[1:]}")
+    counts = {len(arrays[info.name]) for info in network.inputs}
+    if len(counts) != 1:
+        raise CalibrationError(f"--samples {path}: its arrays have {sorted(counts)} samples, wanted one number")
+    return [
+        {i.name: torch.from_numpy(arrays[i.name][n : n + 1].astype(i.dtype)) for i in network.inputs}
+        for n in range(counts.pop())
+    ]
+
+
+def lines(report: NetworkReport) -> list[str]:
+    """The report for a terminal."""
+    rungs = ", ".join(f"{value:.1f} dB {rung}" for rung, value in report.sqnr_db.items())
+    return [
+        f"{report.file}: {report.size_bytes / 1e6:.1f} MB, {report.solved['weights']}, {report.solved['activations']}",
+        report.proof,
+        *report.notes,
+        f"SQNR against float on {report.held_out} held-out samples: {rungs}",
+        *([report.coverage.sentence()] if report.coverage else []),
+        *(f"{gate.verdict} {gate.name}: {gate.seen:.4g}, at least {gate.least:.4g}" for gate in report.gates),
+    ]
