@@ -142,18 +142,39 @@ def verify(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A .gguf, .onnx, .tflite, .litertlm or .safetensors file, or a folder.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Find what is wrong with it (lilliput list rules).")] = False,
+    source: Annotated[str | None, typer.Option(help="With --check: the float model that it was made from.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Show what a file or folder holds: bits per class of tensors, metadata, and whether its manifest is kept."""
+    """Show what a file or folder holds: bits per class of tensors, metadata, and whether its manifest is kept.
+
+    With --check: what is wrong with it, where, why, and what to do; the exit code is 1 where it is an error.
+    """
     from lilliput import terminal
     from lilliput.inspection import inspect as look
 
+    if check or source:
+        raise typer.Exit(_check(path, source, as_json))
     found = look(path)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
         terminal.show_inspection(found, tensors)
     raise typer.Exit(0 if found.intact else 2)
+
+
+def _check(path: Path, source: str | None, as_json: bool) -> int:
+    from contextlib import nullcontext
+
+    from lilliput import checks, terminal
+
+    with checks.open_source(source) if source else nullcontext() as opened:
+        checked = checks.check(path, opened)
+    if as_json:
+        typer.echo(checked.model_dump_json(indent=2))
+    else:
+        terminal.show_checked(checked)
+    return 1 if checked.errors else 0
 
 
 @app.command()
@@ -320,11 +341,11 @@ def chat(
 def list_(
     kind: Annotated[
         str,
-        typer.Argument(help="solvers, transforms, exporters, runtimes, devices, boards, families, grids or recipes."),
+        typer.Argument(help="solvers, transforms, exporters, runtimes, devices, boards, families, grids, recipes, rules."),
     ],
     as_json: Json = False,
 ) -> None:
-    """List what a recipe can name, each with its summary."""
+    """List what a recipe can name, and the rules of `inspect --check`, each with its summary."""
     from lilliput import listing
 
     found = listing.entries(kind)

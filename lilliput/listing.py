@@ -1,5 +1,5 @@
 """What a recipe can name: solvers, transforms, exporters, runtimes, devices, boards, families, grids, suites, recipes.
-Exporters and runtimes of networks that are no decoder stand in the same folders.
+Exporters and runtimes of networks that are no decoder stand in the same folders. And the rules of the truth-check.
 
 A folder is a registry: a plugin is a module or package of it that defines (or imports from its own parts) the
 folder's class. Its source is parsed, never imported, so that listing needs neither torch nor any runtime;
@@ -34,7 +34,8 @@ FOLDERS = {
     "network_runtimes": ("targets/runtimes", "NetworkRuntime"),
     "families": ("lilliput/families", "ARCHITECTURES"),
 }
-KINDS = (*FOLDERS, "boards", "grids", "recipes", "suites")
+RULES_FOLDER = "lilliput/checks/rules"
+KINDS = (*FOLDERS, "boards", "grids", "recipes", "rules", "suites")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def entries(kind: str) -> list[Entry]:
         return _commented(recipes_folder())
     if kind == "suites":
         return _suites()
+    if kind == "rules":
+        return _rules()
     raise InputError(f"unknown kind {kind!r}: {did_you_mean(kind, KINDS)}")
 
 
@@ -136,6 +139,18 @@ def _suites() -> list[Entry]:
     loaded = {name: suites.load(name) for name in suites.known()}
     slices = {name: list(dict.fromkeys(item.slice for item in items)) for name, items in loaded.items()}
     return [Entry(name, f"{len(items)} items: {', '.join(slices[name])}") for name, items in loaded.items()]
+
+
+def _rules() -> list[Entry]:
+    """Every `Rule(id=…, severity=…, formats=…, summary=…)` of the folder, by id, as its source says."""
+    sources = (ast.parse(p.read_bytes()) for p in sorted((ROOT / RULES_FOLDER).glob("*.py")))
+    calls = [n for tree in sources for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Rule"]
+    said = [{k.arg: str(ast.literal_eval(k.value)) for k in c.keywords if _is_literal(k.value)} for c in calls]
+    return sorted((Entry(r["id"], f"{r['severity']}: {r['summary']}") for r in said), key=lambda e: e.name)
+
+
+def _is_literal(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant)
 
 
 def as_json(found: list[Entry]) -> str:

@@ -20,6 +20,7 @@ from rich.table import Table
 from lilliput import figures
 from lilliput.ab import AB
 from lilliput.chat import Conversation
+from lilliput.checks.base import Checked
 from lilliput.compare import Comparison, Difference
 from lilliput.doctor import Check
 from lilliput.escalation import Rung
@@ -223,6 +224,29 @@ def show_verification(found: Verification) -> None:
         out.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
     if not found.differences:
         out.print("[bold green]verified[/]: everything is as the manifest says")
+
+
+SEVERITY_COLOURS = {"error": "bold red", "warning": "yellow"}
+
+
+def show_checked(checked: Checked) -> None:
+    """Each finding: rule, place, what was seen; why it matters and what to do. Then what could not be looked at."""
+    out = console()
+    for found in checked.findings:
+        colour = SEVERITY_COLOURS[found.severity]
+        head = f"[{colour}]{found.severity}[/] {found.rule}  {escape(found.place)}: {escape(found.seen)}"
+        out.print(head, soft_wrap=True)
+        out.print(f"    {found.reason} ({found.reference})", markup=False, soft_wrap=True)
+        out.print(f"    {found.fix}", markup=False, soft_wrap=True)
+    for line in checked.not_checked:
+        out.print(f"not checked {line}", markup=False, soft_wrap=True)
+    errors, count = len(checked.errors), len(checked.findings)
+    out.print(
+        f"{checked.path}: {len(checked.rules)} rules of {checked.format} files, {errors} errors, "
+        f"{count - errors} warnings, {len(checked.not_checked)} rules not checked",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 FINDING_COLOURS = {"better": "green", "worse": "red"}

@@ -20,7 +20,7 @@ from lilliput.artifact import PART, sha256
 from lilliput.errors import ArtifactError
 from lilliput.inspection.found import Contents, Group, Inspection, TensorFound
 
-__all__ = ["Contents", "Group", "Inspection", "TensorFound", "inspect"]
+__all__ = ["Contents", "Group", "Inspection", "TensorFound", "inspect", "model_files", "parts"]
 
 MANY = 3  # file names that an error lists
 
@@ -31,28 +31,38 @@ def inspect(path: Path) -> Inspection:
         raise ArtifactError(f"{path}: does not exist, wanted a model file or a folder with one")
     if path.is_dir():
         return _folder(path)
-    return _made(path, _parts(path), _read(path))
+    return _made(path, parts(path), _read(path))
 
 
-def _parts(file: Path) -> list[Path]:
+def parts(file: Path) -> list[Path]:
     """The parts of a split model that lie beside this one, or the file alone."""
     if file.suffix != ".gguf" or not PART.search(file.stem):
         return [file]
     return sorted(p for p in file.parent.glob(f"{PART.sub('', file.stem)}-*-of-*.gguf") if PART.search(p.stem))
 
 
+def model_files(path: Path) -> list[Path]:
+    """The files that `inspect` reads: one, or the shards of a checkpoint. Raises ArtifactError where there is none."""
+    if not path.is_dir():
+        return [path]
+    if (path / manifest.NAME).is_file():
+        return [path / manifest.read(path).artifact.main_file]
+    if (path / "report.json").is_file():
+        targets = sorted(p.parent.name for p in path.glob(f"*/{manifest.NAME}"))
+        raise ArtifactError(f"{path} is a whole run: inspect one of its targets, {', '.join(targets) or 'none here'}")
+    files = _model_files(path)
+    if len(files) > 1 and any(file.suffix != ".safetensors" for file in files) and files != parts(files[0]):
+        names = ", ".join(f.name for f in files[:MANY])
+        raise ArtifactError(f"{path} holds {len(files)} model files ({names}): inspect one of them")
+    return files
+
+
 def _folder(folder: Path) -> Inspection:
     if (folder / manifest.NAME).is_file():
         return _with_manifest(folder)
-    if (folder / "report.json").is_file():
-        targets = sorted(p.parent.name for p in folder.glob(f"*/{manifest.NAME}"))
-        raise ArtifactError(f"{folder} is a whole run: inspect one of its targets, {', '.join(targets) or 'none here'}")
-    files = _model_files(folder)
-    if files == _parts(files[0]):
+    files = model_files(folder)
+    if files == parts(files[0]):
         return _made(folder, files, _read(files[0]))
-    if len(files) > 1 and any(file.suffix != ".safetensors" for file in files):
-        names = ", ".join(f.name for f in files[:MANY])
-        raise ArtifactError(f"{folder} holds {len(files)} model files ({names}): inspect one of them")
     return _made(folder, files, _merge(_read(file) for file in files))
 
 
@@ -62,7 +72,7 @@ def _with_manifest(folder: Path) -> Inspection:
     file = folder / described.artifact.main_file
     if not file.is_file():
         raise ArtifactError(f"{folder}: {described.artifact.main_file} is missing, {manifest.NAME} lists it: run again")
-    made = _made(folder, _parts(file), _read_changed(file) if changed else _read(file))
+    made = _made(folder, parts(file), _read_changed(file) if changed else _read(file))
     facts = {
         "model": described.name,
         "exporter": described.artifact.exporter,
@@ -123,7 +133,7 @@ def _read(file: Path) -> Contents:
 def _gguf(file: Path) -> Contents:
     from lilliput.inspection.gguf_file import read
 
-    return read(_parts(file))
+    return read(parts(file))
 
 
 def _onnx(file: Path) -> Contents:
