@@ -27,8 +27,8 @@ BLOCK = 32
 class Defect:
     """`plant` spoils the folder; `rule` must find it at a place that contains `place`."""
 
-    name: str
     format: Format
+    name: str
     rule: str
     place: str
     plant: Callable[[Path], None]
