@@ -100,9 +100,9 @@ def _model_files(folder: Path) -> list[Path]:
     return runtimes or found
 
 
-def _merge(parts: Iterable[Contents]) -> Contents:
+def _merge(shards: Iterable[Contents]) -> Contents:
     """The shards of one model."""
-    contents = list(parts)
+    contents = list(shards)
     tensors = tuple(tensor for part in contents for tensor in part.tensors)
     metadata = {key: value for part in contents for key, value in part.metadata.items()}
     return Contents(contents[0].format, tensors, metadata, tuple(note for part in contents for note in part.notes))

@@ -60,7 +60,7 @@ def tokenizer(opened: Opened) -> Iterator[Seen]:
 
 
 def _check_gguf(opened: Opened) -> None:
-    """Only where llama.cpp is known to tokenize as the source's tokenizer does: BPE, byte-level or with byte fallback."""
+    """Only BPE, byte-level or with byte fallback: other kinds differ from their sources by design."""
     from lilliput import parity
 
     kind = opened.gguf.fields.get("tokenizer.ggml.model")
