@@ -341,7 +341,9 @@ def chat(
 def list_(
     kind: Annotated[
         str,
-        typer.Argument(help="solvers, transforms, exporters, runtimes, devices, boards, families, grids, recipes, rules."),
+        typer.Argument(
+            help="solvers, transforms, exporters, runtimes, devices, boards, families, grids, recipes or rules."
+        ),
     ],
     as_json: Json = False,
 ) -> None:

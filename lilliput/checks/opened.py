@@ -144,6 +144,12 @@ class Opened:
         """Everything of two dimensions or more that is multiplied or looked up."""
         return tuple(tensor for tensor in self.tensors if len(tensor.shape) > 1 and tensor.role != "vector")
 
+    @property
+    def embedding(self) -> Tensor | None:
+        """The largest table that is looked up."""
+        tables = [tensor for tensor in self.matrices if tensor.role == "embedding"]
+        return max(tables, key=lambda tensor: tensor.weights, default=None)
+
     @cached_property
     def differences(self) -> tuple[Difference, ...]:
         """How the weights differ from the source's; computed once for all rules."""

@@ -1,4 +1,5 @@
-"""Prove one artifact on its runtime and device: speed, memory, accuracy, the ladder (targets.validate).
+"""Prove one artifact on its runtime and device: speed, memory, accuracy, the ladder (targets.validate); and read its
+file against the source (lilliput.checks).
 
     result.json                   the TargetResult with the gates that are always on
     shipped.npz, exact.npz        figures of every scored token
@@ -62,6 +63,9 @@ def work(exported: Path, held: Held, target: Target, folder: Path, progress: Pro
 def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progress: Progress) -> TargetResult:
     """The figures of an artifact, wherever it lies, and the gates that are always on."""
     from lilliput import checkpoint
+    from lilliput.checks import source_of
+    from lilliput.checks.gate import with_gate
+    from lilliput.source import open_stage
     from targets.reference import EvaluationSet, Logits
     from targets.validate import Candidate, Place, References, validate
 
@@ -83,7 +87,8 @@ def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progre
         with closing(device.open(options)) as connection:
             place = Place(target.runtime.name, target.device.url, connection, target.threads, target.board)
             smoke, asked = _smoke(held, artifact), _asked(held)
-            return validate(candidate, place, references, smoke, (), folder, asked=asked, progress=progress)
+            result = validate(candidate, place, references, smoke, (), folder, asked=asked, progress=progress)
+        return with_gate(result, artifact.path, source_of(open_stage(held.source)))
     finally:
         shutil.rmtree(folder / "exact", ignore_errors=True)
 

@@ -45,9 +45,10 @@ def _of_role(opened: Opened, role: Role) -> list[Tensor]:
 
 
 def embedding(opened: Opened) -> Iterator[Seen]:
-    if mostly_quantized(opened):
-        for tensor in _of_role(opened, "embedding"):
-            yield Seen(tensor.name, f"the embedding is {tensor.dtype}, {tensor.weights:,} weights")
+    """The largest table that is looked up: smaller ones are positions."""
+    table = opened.embedding
+    if table is not None and not table.quantized and mostly_quantized(opened):
+        yield Seen(table.name, f"the embedding is {table.dtype}, {table.weights:,} weights")
 
 
 def linear(opened: Opened) -> Iterator[Seen]:

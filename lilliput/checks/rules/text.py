@@ -114,8 +114,7 @@ def template(opened: Opened) -> Iterator[Seen]:
 
 def vocabulary(opened: Opened) -> Iterator[Seen]:
     """Ids beyond the embedding crash a lookup; fewer tokens than rows are usual padding."""
-    text = _text(opened)
-    table = next((tensor for tensor in opened.matrices if tensor.role == "embedding"), None)
+    text, table = _text(opened), opened.embedding
     if text is not None and text.tokens is not None and table is not None and text.tokens > table.shape[0]:
         yield Seen(text.place, f"has ids up to {text.tokens - 1}, {table.name} has {table.shape[0]} rows")
 
