@@ -146,7 +146,7 @@ def _drop_layer(model: Any) -> None:
 def _other_base(data: Array) -> Array:
     """A table of a base ten times as large: cosines and signed sines side by side."""
     floats = data.view(np.float32)
-    width = next(w for w in (32, 128) if len(floats) % w == 0 and np.allclose(floats[: w // 2], 1))
+    width = next(w for w in (128, 32) if len(floats) % w == 0 and np.allclose(floats[: w // 2], 1))
     table, half = floats.reshape(-1, width), width // 4
     base = 10 * float(np.arctan2(abs(table[1, 2 * half + 1]), table[1, 1])) ** -half
     angles = np.arange(len(table))[:, None] * base ** (-np.arange(half) / half)

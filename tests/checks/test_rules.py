@@ -48,8 +48,11 @@ def test_the_list_of_rules_is_that_of_the_registry() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "bits"),
-    [("Q4_0", 4), ("Q2_K", 2), ("Q3_K", 3), ("IQ4_NL", 4), ("TQ1_0", 2), ("F16", 16), ("BF16", 16), ("F32", 32), ("float", 32),
-     ("float16", 16), ("4 bits in blocks of 32", 4), ("int8 per channel", 8), ("int4 in blocks of 32", 4)],
+    [
+        ("Q4_0", 4), ("Q2_K", 2), ("Q3_K", 3), ("IQ4_NL", 4), ("TQ1_0", 2), ("F16", 16), ("BF16", 16), ("F32", 32),
+        ("float", 32), ("float16", 16), ("4 bits in blocks of 32", 4), ("int8 per channel", 8),
+        ("int4 in blocks of 32", 4),
+    ],
 )  # fmt: skip
 def test_bits_are_read_off_the_formats_names(dtype: str, bits: int) -> None:
     assert bits_of(dtype) == bits
