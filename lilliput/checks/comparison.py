@@ -44,6 +44,8 @@ GAIN = 1.6
 NEGLIGIBLE = 0.01
 SHIFT_SPREAD = 0.04  # spread of log gains below which scales are not suspected
 VECTOR_COSINE, VECTOR_GAIN = 0.99, 1.25
+FITS = 3
+LEAST_FACTOR = np.float32(1e-3)  # a factor below is no solver's
 ROWS_KEPT = 16  # of each source matrix, to recognise it by
 
 
@@ -138,19 +140,23 @@ def _matrix(parameter: Parameter, wanted: Float, source: Source, factors: Factor
 def _unfold(parameter: Parameter, wanted: Float, factors: Factors) -> Float | None:
     """The values with the factors of solvers divided out; None where they are not the source's, even so."""
     values = parameter.values
-    if cosine(values, wanted) >= SAME and _even(values, wanted):
+    alike = cosine(values, wanted) >= SAME
+    if alike and _even(values, wanted, 0) and _even(values, wanted, 1):
         return values
-    for axis, kept in ((0, factors.columns), (1, factors.rows)):
-        gains, cosines = _along(values, wanted, axis)
-        if np.quantile(cosines, 0.05) >= SAME and (gains > 0).all():
-            kept[parameter.name] = gains.reshape(-1)
-            return np.asarray(values / gains, np.float32)
-    return values if cosine(values, wanted) >= SAME else None
+    columns, rows = np.ones((1, values.shape[1]), np.float32), np.ones((len(values), 1), np.float32)
+    for _ in range(FITS):  # each axis in turn: a value matrix has factors along both
+        columns *= np.maximum(_along(values / (columns * rows), wanted, 0)[0], LEAST_FACTOR)
+        rows *= np.maximum(_along(values / (columns * rows), wanted, 1)[0], LEAST_FACTOR)
+    folded = np.asarray(values / (columns * rows), np.float32)
+    if all(np.quantile(_along(folded, wanted, axis)[1], 0.05) >= SAME for axis in (0, 1)):
+        factors.columns[parameter.name], factors.rows[parameter.name] = columns.reshape(-1), rows.reshape(-1)
+        return folded
+    return values if alike else None
 
 
-def _even(values: Float, wanted: Float) -> bool:
-    """Whether no column is multiplied by a factor of its own: gains of columns lie within a fifth of their median."""
-    gains, _ = _along(values, wanted, 0)
+def _even(values: Float, wanted: Float, axis: int) -> bool:
+    """Whether no column (axis 0) or row has a factor of its own: gains lie within a fifth of their median."""
+    gains, _ = _along(values, wanted, axis)
     middle = float(np.median(gains))
     return middle > 0 and float(np.quantile(np.abs(gains / middle - 1), 0.9)) < 0.2
 
@@ -297,7 +303,7 @@ NORM_OF = {"attention_norm": ("attention.q", "attention.k", "attention.v"), "mlp
 
 def _vector(name: str, place: str, values: Float, source: Source, factors: Factors) -> Iterator[Difference]:
     wanted = np.asarray(source.weights[name], np.float32)
-    if _alike(values, wanted) or any(_alike(values * f, wanted) for f in _behind(name, factors, len(values))):
+    if _alike(values, wanted) or any(_parallel(values * f, wanted) for f in _behind(name, factors, len(values))):
         return
     shown = place if place == name else f"{place} ({name})"
     if _alike(values + 1, wanted):
@@ -311,13 +317,13 @@ def _vector(name: str, place: str, values: Float, source: Source, factors: Facto
 
 
 def _behind(name: str, factors: Factors, size: int) -> Iterator[Float]:
-    """Factors that a norm or bias may have been divided by."""
-    bare, layer = name.removesuffix(".bias"), name.rpartition(".")[0]
+    """Factors that undo what solvers did to a norm (its readers' columns) or a bias (its own matrix's rows)."""
+    bare = name.removesuffix(".bias")
     for kind, readers in NORM_OF.items():
         if bare.endswith(kind):
             prefix = bare.removesuffix(kind)
             yield from (factors.columns[prefix + r] for r in readers if prefix + r in factors.columns)
-    own = factors.rows.get(bare if name.endswith(".bias") else layer)
+    own = factors.rows.get(bare)
     if own is not None and len(own) == size:
         yield np.asarray(1 / own, np.float32)
 
@@ -329,6 +335,11 @@ def _alike(values: Float, wanted: Float) -> bool:
         return float(np.abs(values).max(initial=0)) < 0.05
     gain = float(np.vdot(values, wanted)) / size**2
     return cosine(values, wanted) >= VECTOR_COSINE and 1 / VECTOR_GAIN < gain < VECTOR_GAIN
+
+
+def _parallel(values: Float, wanted: Float) -> bool:
+    """The same but for one factor: how columns and rows share theirs cannot be told."""
+    return cosine(values, wanted) >= VECTOR_COSINE
 
 
 def _same_vector(values: Float, source: Source, name: str) -> str:
