@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,8 @@ FORMATS: dict[str, Format] = {
     ".litertlm": "tflite",
     ".safetensors": "safetensors",
 }
+# what readers raise where a file's tables lead nowhere, or hold what they never did
+DAMAGES = (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration)
 RUNTIME_PACKAGES = ("onnxruntime", "ai-edge-litert", "llama-cpp-python")
 QUANTIZED_NAME = re.compile(
     r"(?:^|[^a-z0-9])(int[248]|[wq][248](?:[_-][k01]\w*)?|iq\d\w*|quant(?:ized)?)(?:[^a-z0-9]|$)"
@@ -61,9 +64,14 @@ def check(path: Path, source: Source | None = None) -> Checked:
         found, skipped = list[Finding](), list[str]()
         for rule in asked:
             try:
-                found += [_short(finding(rule, seen)) for seen in rule.check(file)]
+                for seen in rule.check(file):
+                    found.append(_short(finding(rule, seen)))
             except NotCheckedError as error:
                 skipped.append(f"{rule.id}: {error}")
+            except DAMAGES as error:
+                skipped.append(
+                    f"{rule.id}: the file is damaged, or unlike what is known ({type(error).__name__}: {error})"
+                )
         return Checked(
             path=str(path),
             format=file.format,

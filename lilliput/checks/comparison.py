@@ -86,15 +86,25 @@ def cosine(a: Float, b: Float) -> float:
     return float(np.vdot(a, b)) / norm if norm else 0.0
 
 
-def differences(opened: Opened) -> tuple[Difference, ...]:
+@dataclass(frozen=True)
+class Comparison:
+    """What differs, and the tensors that were compared, by name."""
+
+    differences: tuple[Difference, ...]
+    compared: frozenset[str]
+
+
+def compare(opened: Opened) -> Comparison:
     """All that differs. Vectors come last: whether a norm is right depends on the factors of the matrices behind it."""
-    return tuple(_differences(opened, opened.source))
+    compared = set[str]()
+    return Comparison(tuple(_differences(opened, opened.source, compared)), frozenset(compared))
 
 
-def _differences(opened: Opened, source: Source) -> Iterator[Difference]:
+def _differences(opened: Opened, source: Source, compared: set[str]) -> Iterator[Difference]:
     factors, vectors, seen = Factors(), list[tuple[str, str, Float]](), set[str]()
     for parameter in opened.parameters():
         seen.add(parameter.name)
+        compared.add(parameter.tensor.name)
         if parameter.name not in source.weights:
             continue  # a head of its own beside a tied embedding is seen by the configuration
         wanted = np.asarray(source.weights[parameter.name], np.float32)
@@ -106,7 +116,7 @@ def _differences(opened: Opened, source: Source) -> Iterator[Difference]:
             vectors.append((parameter.name, parameter.tensor.name, parameter.values))
     for name, place, values in vectors:
         yield from _vector(name, place, values, source, factors)
-    if seen:
+    if seen and opened.names_parameters:
         absent = [name for name in source.config.parameter_shapes() if name not in seen]
         yield from (Difference("missing", name, f"the source has {name}, the file does not") for name in absent)
 

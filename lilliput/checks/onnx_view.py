@@ -81,15 +81,13 @@ class OnnxFile:
 
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """Our own metadata, parsed; empty in files of others."""
-        try:
-            return {
-                p.key.removeprefix("lilliput."): json.loads(p.value)
-                for p in self.model.metadata_props
-                if p.key.startswith("lilliput.")
-            }
-        except ValueError:
-            return {}
+        """Our own metadata that is JSON, parsed; empty in files of others."""
+        found = {}
+        for entry in self.model.metadata_props:
+            if entry.key.startswith("lilliput."):
+                with suppress(ValueError):
+                    found[entry.key.removeprefix("lilliput.")] = json.loads(entry.value)
+        return found
 
     def origin(self, name: str) -> str | None:
         """The initializer that a value is made of, looked through casts and reshapes; None where there is none."""

@@ -20,7 +20,7 @@ from lilliput.grid import Float
 from lilliput.model import Role
 
 if TYPE_CHECKING:
-    from lilliput.checks.comparison import Difference, Source
+    from lilliput.checks.comparison import Comparison, Source
     from lilliput.checks.gguf_view import GgufFile
     from lilliput.checks.onnx_view import OnnxFile
     from lilliput.checks.tflite_view import TfliteFile
@@ -150,12 +150,17 @@ class Opened:
         tables = [tensor for tensor in self.matrices if tensor.role == "embedding"]
         return max(tables, key=lambda tensor: tensor.weights, default=None)
 
+    @property
+    def names_parameters(self) -> bool:
+        """Whether the file says which parameter each tensor holds; in others they are recognised by their numbers."""
+        return self.format == "gguf" or any(tensor.parts for tensor in self.tensors)
+
     @cached_property
-    def differences(self) -> tuple[Difference, ...]:
-        """How the weights differ from the source's; computed once for all rules."""
+    def comparison(self) -> Comparison:
+        """The weights against the source's; made once for all rules."""
         from lilliput.checks import comparison
 
-        return comparison.differences(self)
+        return comparison.compare(self)
 
     def tokenizer_folder(self) -> Path:
         if self.text is None or self.text.folder is None:

@@ -13,6 +13,7 @@ from lilliput import lm_bundle
 from lilliput.checks.opened import Text
 from lilliput.checks.rules.onnx_graph import read_genai_config
 from lilliput.checks.rules.source_model import chat_template, end_ids
+from lilliput.errors import ArtifactError
 
 
 def beside(folder: Path) -> Text | None:
@@ -33,7 +34,11 @@ def in_bundle(path: Path) -> Iterator[Text | None]:
         yield None
         return
     with tempfile.TemporaryDirectory() as name:
-        lm_bundle.save_tokenizer(path, Path(name))
+        try:
+            lm_bundle.save_tokenizer(path, Path(name))
+        except ArtifactError:  # a tokenizer of another kind: rules on text say that there is none
+            yield None
+            return
         ends = end_ids(Path(name))
         yield _text(
             Path(name), f"{path.name}: HF_Tokenizer", ends, f"{path.name}: stop_tokens", f"{path.name}: template"

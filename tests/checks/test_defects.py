@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,6 +46,22 @@ def test_a_planted_defect_is_caught_where_it_is(
 ) -> None:
     checked = spoiled(defect, artifacts[defect.format], tmp_path / "spoiled", source)
     assert caught(defect, checked), [(f.rule, f.place, f.seen) for f in checked.findings]
+
+
+def test_a_file_that_names_no_parameters_is_recognised(
+    artifacts: Mapping[str, Path], source: Source, tmp_path: Path
+) -> None:
+    """Our own ONNX file without its metadata: q, k and v in one matrix are like nothing, and listed."""
+    import onnx
+
+    folder = shutil.copytree(artifacts["onnx"], tmp_path / "foreign")
+    proto = onnx.load(folder / "model.onnx")
+    del proto.metadata_props[:]
+    onnx.save(proto, folder / "model.onnx")
+    checked = checks.check(folder / "model.onnx", source)
+    assert [(f.rule, f.place, f.seen) for f in checked.findings] == []
+    stacks = "layers.0.attention.qkv.codes, layers.1.attention.qkv.codes first"
+    assert checked.not_checked == (f"SOURCE-WEIGHTS: 2 matrices are like none of the source's, {stacks}",)
 
 
 def test_there_are_defects_of_every_format_and_kind() -> None:

@@ -17,7 +17,7 @@ from sample_report import passing
 from lilliput import checks, cli
 from lilliput.checks import gate
 from lilliput.checks.base import Checked, Finding
-from lilliput.checks.comparison import Source, bits_of, blocks_of, differences
+from lilliput.checks.comparison import Source, bits_of, blocks_of, compare
 from lilliput.checks.opened import Opened, Parameter, Tensor, Text
 from lilliput.checks.rules import files, gguf_vocabulary, onnx_kernels, text, tflite_graph, versions
 from lilliput.grid import Float
@@ -75,7 +75,7 @@ def test_a_block_of_other_numbers_is_named() -> None:
         against=source({"layers.0.mlp.up": wanted}),
     )
     file = replace(file, parameters=lambda: iter([Parameter("layers.0.mlp.up", tensor, values)]))
-    found = [d for d in differences(file) if d.kind != "missing"]
+    found = [d for d in compare(file).differences if d.kind != "missing"]
     assert [(d.kind, d.place) for d in found] == [("block", "blk.0.ffn_up.weight (layers.0.mlp.up)")]
     assert "row 5, columns 64 to 95" in found[0].what
 
@@ -91,7 +91,7 @@ def test_plain_rounding_stays_within_the_thresholds(bits: int) -> None:
     tensor = held("w", values, f"Q{bits}_0")
     file = replace(opened(tensor, against=source({"layers.0.mlp.up": wanted})))
     file = replace(file, parameters=lambda: iter([Parameter("layers.0.mlp.up", tensor, values)]))
-    assert [d for d in differences(file) if d.kind != "missing"] == []
+    assert [d for d in compare(file).differences if d.kind != "missing"] == []
     assert blocks_of(values, wanted, 32).cosines.shape == (512, 8)
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lilliput.checks.base import RUNTIMES, Check, Rule, Seen
+from lilliput.checks.base import RUNTIMES, Check, NotCheckedError, Rule, Seen
 from lilliput.checks.opened import Opened
 
 
 def _of(*kinds: str) -> Check:
     def check(opened: Opened) -> Iterator[Seen]:
-        return (Seen(d.place, d.what) for d in opened.differences if d.kind in kinds)
+        return (Seen(d.place, d.what) for d in opened.comparison.differences if d.kind in kinds)
 
     return check
+
+
+def unlike(opened: Opened) -> Iterator[Seen]:
+    """Also says what could not be compared: in files that name no parameters, matrices like none of the source's
+    (q, k and v in one, say)."""
+    yield from _of("unlike", "missing")(opened)
+    left = [tensor.name for tensor in opened.matrices if tensor.name not in opened.comparison.compared]
+    if left:
+        raise NotCheckedError(f"{len(left)} matrices are like none of the source's, {', '.join(left[:3])} first")
 
 
 RULES = (
@@ -101,7 +110,7 @@ RULES = (
         reason="conversions that corrupt weights were reported for norms and matrices of many models",
         reference="ggml-org/llama.cpp#22565",
         fix="export again from this source; if it is another model, give that one",
-        check=_of("unlike", "missing"),
+        check=unlike,
         needs="source",
     ),
 )
