@@ -220,7 +220,7 @@ DEFECTS = (
     Onnx("one block zeroed", "WEIGHT-ZERO-BLOCK", f"{DOWN}.codes, row 3, columns 32 to 63",
          change(f"{DOWN}.codes", zero_block)),
     Onnx("scales off by one block", "SOURCE-SCALES", GATE, change(f"{GATE}.scales", move_scales)),
-    Onnx("one scale doubled", "SOURCE-SCALES", GATE, change(f"{GATE}.scales", set_scale(2.0))),
+    Onnx("one scale doubled", "SOURCE-BLOCK", GATE, change(f"{GATE}.scales", set_scale(2.0))),
     Onnx("one scale with a flipped exponent bit", "WEIGHT-SCALE-OUTLIER", f"{GATE}.codes, row 2, columns 0 to 31",
          change(f"{GATE}.scales", set_scale(2048.0))),
     Onnx("a scale that is NaN", "WEIGHT-NOT-FINITE", f"{GATE}.codes",
