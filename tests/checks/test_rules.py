@@ -66,7 +66,7 @@ def source(weights: Mapping[str, Float]) -> Source:
 def test_a_block_of_other_numbers_is_named() -> None:
     """SOURCE-BLOCK: no zeros, so that only the source tells."""
     rng = np.random.default_rng(0)
-    wanted = rng.standard_normal((16, 128)).astype(np.float32)
+    wanted = rng.standard_normal((64, 128)).astype(np.float32)
     values = wanted.copy()
     values[5, 64:96] *= -1
     tensor = held("blk.0.ffn_up.weight", values)
