@@ -29,6 +29,7 @@ from lilliput.checks.opened import Fact, Part, Tensor
 from lilliput.grid import Float
 from lilliput.inspection.found import TensorFound
 from lilliput.inspection.onnx_file import DEFAULT_BLOCKS, PACKED_OPERANDS, TRANSPARENT
+from lilliput.model import DecoderConfig
 
 Array = npt.NDArray[Any]
 BITS_OF_TYPE = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2}
@@ -235,9 +236,8 @@ def _parts(file: OnnxFile, name: str, rows: int) -> tuple[Part, ...]:
         return ()
     if name not in stacks:
         return (Part(name, rows),) if _is_parameter(name) else ()
-    heads, kv_heads = config["num_heads"] * config["head_dim"], config["num_kv_heads"] * config["head_dim"]
-    widths = {"q": heads, "k": kv_heads, "v": kv_heads}
-    return tuple(Part(part, widths[part.removesuffix(".bias").rsplit(".", 1)[-1]]) for part in stacks[name])
+    shapes = DecoderConfig(**config).parameter_shapes()
+    return tuple(Part(part, shapes[part][0]) for part in stacks[name] if part in shapes)
 
 
 def _is_parameter(name: str) -> bool:

@@ -29,6 +29,8 @@ def _equal(a: Any, b: Any) -> bool:
 
 def rotary(opened: Opened) -> Iterator[Seen]:
     fact, wanted = opened.facts.get("rope_theta"), opened.source.config
+    if opened.format != "gguf" and (wanted.rope_scaling or wanted.rope_dims or wanted.rope_local_theta):
+        raise NotCheckedError("the frequencies of this model are not those of a base alone")
     if wanted.positions == "rope" and fact is not None and not _equal(float(fact.value), wanted.rope_theta):
         yield Seen(fact.place, f"the rotary base is {float(fact.value):.6g}, the source's is {wanted.rope_theta:.6g}")
 

@@ -21,7 +21,7 @@ from lilliput.grid import round_scale
 from lilliput.inspection.tflite_file import TYPE_NAMES
 from lilliput.lm_bundle import MAGIC
 
-SLOW = frozenset({"BROADCAST_TO", "STABLEHLO_SCATTER", "SCATTER_ND", "GATHER_ND", "STABLEHLO_GATHER", "SELECT_V2"})
+SLOW = frozenset({"BROADCAST_TO", "STABLEHLO_SCATTER", "SCATTER_ND"})
 ALIGNMENT_BYTES = 16  # of a buffer behind the flatbuffer, for vector loads (schema.fbs: force_align 16)
 LOWEST_INT8 = -128
 
