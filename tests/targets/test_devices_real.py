@@ -150,6 +150,11 @@ def test_on_an_emulated_processor(
 ) -> None:
     """Accuracy as here, instructions counted, nothing timed; and a build without the dot product does not pass."""
     far, wanted = proven(real, name, emulated, tmp_path / name, exact=False), near[name]
+    if name == "litert_int8" and emulated.name.endswith("a72"):  # LiteRT 2.3.0 ends itself on Armv8.0
+        assert far.verdict == "INCONCLUSIVE"
+        assert far.accuracy is None
+        assert any("sigill-fail-fast" in note for note in far.notes), far.notes
+        return
     assert far.accuracy is not None
     assert wanted.accuracy is not None
     assert far.accuracy.mean_kld < wanted.accuracy.mean_kld + ADDED_KLD
