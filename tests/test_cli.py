@@ -82,7 +82,7 @@ def finished(monkeypatch: pytest.MonkeyPatch, recipe: str, tmp_path: Path) -> li
     """A pipeline that answers with the report in the list (put it there), after its stages."""
     reports: list[Report] = [report()]
 
-    def run(plan: Plan, watcher: Watcher) -> Run:
+    def run(plan: Plan, watcher: Watcher, *_: object) -> Run:
         for stage in plan.stages:
             if not stage.cached:
                 watcher.started(stage)(1, 2)
