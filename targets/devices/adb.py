@@ -26,6 +26,8 @@ from targets.process import Ended
 # What adb says → what it means and what to do. The first that fits counts.
 REASONS = (
     ("unauthorized", "it does not trust this machine: allow USB debugging on its screen"),
+    ("still authorizing", "it does not trust this machine yet: allow USB debugging on its screen"),
+    ("still connecting", "it is still connecting: try again in a moment"),
     ("no devices/emulators found", "no device is attached: plug one in with USB debugging on, or `adb connect` it"),
     ("more than one device", "several devices are attached: name one, adb://SERIAL (`adb devices` lists them)"),
     ("' not found", "it is not attached: plug it in, or `adb connect` it (`adb devices` lists what is)"),

@@ -85,6 +85,9 @@ def phone(site: Path, fault: str = "") -> Iterator[tuple[str, subprocess.Popen[b
         assert peer.stdout is not None
         assert peer.stdout.readline() == b"listening\n"
         subprocess.run(["adb", "connect", serial], check=False, capture_output=True, timeout=60)
+        until = time.monotonic() + 30
+        while state(serial) in ("connecting", "authorizing") and time.monotonic() < until:
+            time.sleep(0.2)
         yield serial, peer
     finally:
         subprocess.run(["adb", "disconnect", serial], check=False, capture_output=True, timeout=60)
@@ -92,6 +95,12 @@ def phone(site: Path, fault: str = "") -> Iterator[tuple[str, subprocess.Popen[b
         peer.wait()
         if peer.stdout is not None:
             peer.stdout.close()
+
+
+def state(serial: str) -> str:
+    """What `adb devices` says of a device; "" where it is not attached."""
+    listed = subprocess.run(["adb", "devices"], check=False, capture_output=True, text=True, timeout=60).stdout
+    return dict(line.split("\t") for line in listed.splitlines() if "\t" in line).get(serial, "")
 
 
 def connect(serial: str | None, there: Path, **changes: object) -> FarConnection:
@@ -205,7 +214,7 @@ def test_what_is_not_attached(server: Path, there: Path) -> None:
 def test_a_device_that_does_not_trust_us(server: Path, there: Path) -> None:
     with phone(server, "unauthorized") as (serial, _):
         said = fails(lambda: connect(serial, there))
-        assert "it does not trust this machine" in said or "it is offline" in said
+        assert "it does not trust this machine" in said or "it is offline" in said, said
 
 
 def test_a_device_that_says_nothing(server: Path, there: Path) -> None:
