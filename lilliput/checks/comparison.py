@@ -22,7 +22,8 @@ of neighbouring blocks' largest weights do, and dividing these out must halve th
 
 What a chain of solvers may do is no defect: SmoothQuant and AWQ multiply columns (and norms, and rows of values and up
 matrices) by factors. Where columns or rows, each for itself, have the source's direction, their factors are divided
-out first, and a norm must carry their inverse. QAT moves norms by a few per cent: they pass at a cosine of 0.99.
+out first, a norm must carry their inverse, and single blocks are not judged. QAT moves norms by a few per cent: they
+pass at a cosine of 0.99.
 """
 
 from __future__ import annotations
@@ -150,24 +151,33 @@ def _matrix(parameter: Parameter, wanted: Float, source: Source, factors: Factor
     if folded is None:
         yield _explained(parameter, wanted, source)
         return
-    yield from _blocks(folded, wanted, kind, place)
+    if np.abs(np.log(np.maximum(factors.columns[parameter.name], LEAST_FACTOR))).max() < np.log(GAIN):
+        yield from _blocks(folded, wanted, kind, place)  # where columns were multiplied, single blocks tell nothing
 
 
 def _unfold(parameter: Parameter, wanted: Float, factors: Factors) -> Float | None:
     """The values with the factors of solvers divided out; None where they are not the source's, even so."""
     values = parameter.values
     alike = cosine(values, wanted) >= SAME
+    for axis, kept in ((0, factors.columns), (1, factors.rows)):  # of few columns, too: a norm carries them all
+        kept[parameter.name] = _along(values, wanted, axis)[0].reshape(-1)
     if alike and _even(values, wanted, 0) and _even(values, wanted, 1):
         return values
     columns, rows = np.ones((1, values.shape[1]), np.float32), np.ones((len(values), 1), np.float32)
     for _ in range(FITS):  # each axis in turn: a value matrix has factors along both
-        columns *= np.maximum(_along(values / (columns * rows), wanted, 0)[0], LEAST_FACTOR)
-        rows *= np.maximum(_along(values / (columns * rows), wanted, 1)[0], LEAST_FACTOR)
+        columns *= _factors(values / (columns * rows), wanted, 0)
+        rows *= _factors(values / (columns * rows), wanted, 1)
     folded = np.asarray(values / (columns * rows), np.float32)
     if all(np.quantile(_along(folded, wanted, axis)[1], 0.05) >= SAME for axis in (0, 1)):
-        factors.columns[parameter.name], factors.rows[parameter.name] = columns.reshape(-1), rows.reshape(-1)
+        factors.rows[parameter.name] = rows.reshape(-1)
         return folded
     return values if alike else None
+
+
+def _factors(values: Float, wanted: Float, axis: int) -> Float:
+    """Gains that may be a solver's; 1 where rounding left nothing of a column."""
+    gains, _ = _along(values, wanted, axis)
+    return np.where(gains > LEAST_FACTOR, gains, np.float32(1))
 
 
 def _even(values: Float, wanted: Float, axis: int) -> bool:

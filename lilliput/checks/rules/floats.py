@@ -18,7 +18,8 @@ def _linears(opened: Opened) -> list[Tensor]:
 
 
 def mostly_quantized(opened: Opened) -> bool:
-    linears = _linears(opened)
+    """Of the linears but the head, which in a small model outweighs them all."""
+    linears = [tensor for tensor in _linears(opened) if not _is_last(opened, tensor)]
     total = sum(tensor.weights for tensor in linears)
     return total > 0 and sum(t.weights for t in linears if t.quantized) > MOSTLY * total
 
