@@ -7,9 +7,7 @@ file.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -81,34 +79,3 @@ def _decoded(array: Array, details: Mapping[str, Any]) -> Float:
         return array.astype(np.float32)
     found: Float = (array.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
     return found
-
-
-@dataclass(frozen=True)
-class Delegation:
-    """How many parts XNNPACK made of a graph, and the operators left to LiteRT's own kernels, by name and count."""
-
-    partitions: int
-    delegated: int
-    left: Mapping[str, int]
-
-
-def delegation(artifact: Artifact) -> Delegation:
-    """Ask the interpreter after its delegate has partitioned the graph: the delegate's nodes are listed behind the
-    file's own, and one of those is left where no delegate's node makes what it makes."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(str(artifact.path), num_threads=1)
-    interpreter.allocate_tensors()
-    operators = interpreter._get_ops_details()
-    parts = [o for o in operators if o["op_name"] == "DELEGATE"]
-    makers = {int(t): o for o in operators if o["op_name"] != "DELEGATE" for t in o["outputs"]}
-    makers |= {int(t): o for o in parts for t in o["outputs"]}
-    running: dict[int, Any] = {}
-    wanted = [int(details["index"]) for details in interpreter.get_output_details()]
-    while wanted:
-        maker = makers.get(wanted.pop())
-        if maker is not None and maker["index"] not in running:
-            running[maker["index"]] = maker
-            wanted += [int(t) for t in maker["inputs"] if t >= 0]
-    left = Counter(o["op_name"] for o in running.values() if o["op_name"] != "DELEGATE")
-    return Delegation(len(parts), len(operators) - len(parts) - left.total(), dict(sorted(left.items())))

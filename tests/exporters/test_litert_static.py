@@ -18,11 +18,12 @@ from calibration.network_solve import solve
 from calibration.network_statistics import gather
 from exporters.litert_static import NetworkExporter, Options
 from lilliput.artifact import Artifact
+from lilliput.delegation import delegation
 from lilliput.errors import ArtifactError, ExportError, InputError
 from lilliput.network import Network, QuantizedNetwork
 from lilliput.network.run import run_quantized
 from lilliput.network.trace import trace
-from targets.runtimes.litert_static_cpu import NetworkRuntime, delegation
+from targets.runtimes.litert_static_cpu import NetworkRuntime
 from targets.runtimes.tensorflow_cpu import NetworkRuntime as TensorflowRuntime
 
 Batch = dict[str, Tensor]
@@ -142,7 +143,7 @@ def test_float_ends_are_quantized_in_the_file(tmp_path: Path) -> None:
 
 def test_a_cnn_is_one_part_of_xnnpack_but_for_hard_swish(tmp_path: Path) -> None:
     network, batches = case("cnn")
-    found = delegation(written(solved(network, batches), tmp_path))
+    found = delegation(written(solved(network, batches), tmp_path).path)
     assert found.left == {"HARD_SWISH": 1}
     assert found.delegated > 10
 

@@ -7,27 +7,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from textwrap import dedent
 
-import psutil
 import pytest
 import tiny_setting
 import tools
+from far_cases import BOUND_S, empty, eventually, fails, gone, pids, request
 from loopback_sshd import free_port
 from tiny_setting import Setting
 
-from lilliput.artifact import Artifact
 from lilliput.errors import InputError, MeasurementError
 from targets import sensors, shell_probe
 from targets.devices import adb, host
 from targets.far import FarConnection
-from targets.request import ArtifactReference, GenerateTask, Request
 from targets.validate import Candidate, Place, Protocol, References, Smoke, validate
 
-BOUND_S = 90.0  # of every fault; a few seconds on an idle machine
 PEER = Path(__file__).with_name("adb_peer.py")
 
 
@@ -62,16 +59,7 @@ def there(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "there"
     folder.mkdir()
     yield folder
-    assert eventually(lambda: not list(folder.iterdir()))
-
-
-def eventually(holds: Callable[[], object]) -> bool:
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
+    assert empty(folder)
 
 
 @contextmanager
@@ -106,34 +94,6 @@ def state(serial: str) -> str:
 def connect(serial: str | None, there: Path, **changes: object) -> FarConnection:
     found = {"address": serial, "folder": str(there), "python": sys.executable, "answer_s": 60.0} | changes
     return adb.Device().open(adb.Options.model_validate(found))
-
-
-def request(folder: Path, kind: str) -> Request:
-    folder.mkdir(exist_ok=True)
-    (folder / kind).write_text("the artifact")
-    artifact = ArtifactReference.of(Artifact(folder, "checkpoint", kind, context=64, prefill=0))
-    task = GenerateTask(prompt=(1, 2), max_tokens=5)
-    return Request(artifact=artifact, runtime="rogue", threads=1, tasks=(task,))
-
-
-def fails(work: Callable[[], object]) -> str:
-    start = time.monotonic()
-    with pytest.raises(MeasurementError) as caught:
-        work()
-    assert time.monotonic() - start < BOUND_S
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def pids(there: Path) -> list[int]:
-    found: list[Path] = []
-    assert eventually(lambda: found.extend(there.glob("lilliput-*/*/pids")) or found)
-    assert eventually(lambda: len(found[0].read_text().split()) == 2)
-    return [int(pid) for pid in found[0].read_text().split()]
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def runner(folder: Path) -> Path:

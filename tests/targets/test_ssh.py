@@ -7,22 +7,20 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from textwrap import dedent
 
-import psutil
 import pytest
 import tiny_setting
 import tools
+from far_cases import BOUND_S, empty, eventually, fails, gone, pids, request
 from loopback_sshd import Board, free_port, loopback
 from pydantic import ValidationError
 from tiny_setting import Setting
 
 from lilliput import decoder
-from lilliput.artifact import Artifact
 from lilliput.errors import MeasurementError, MissingPackageError, RecipeError
 from lilliput.progress import silent
 from lilliput.recipe_schema import Target
@@ -30,11 +28,9 @@ from lilliput.registry import options
 from targets.answers import QUESTIONS, Question, answer_all, load_answers, save_questions
 from targets.devices import host, ssh
 from targets.far import FarConnection
-from targets.request import ArtifactReference, GenerateTask, Request, SuiteTask
+from targets.request import ArtifactReference, Request, SuiteTask
 from targets.runtimes.torch_cpu import TorchSession
 from targets.validate import Candidate, Place, Protocol, References, Smoke, validate
-
-BOUND_S = 60.0  # of every fault; most take a second or two on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +52,6 @@ def there(tmp_path: Path) -> Iterator[Path]:
     assert empty(folder)
 
 
-def empty(folder: Path) -> bool:
-    return eventually(lambda: not list(folder.iterdir()))
-
-
-def eventually(holds: object) -> bool:
-    assert callable(holds)
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        if holds():
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def given(board: Board, there: Path, **changes: object) -> ssh.Options:
     found = {"address": "board", "config": board.config, "folder": str(there), "python": sys.executable}
     return ssh.Options.model_validate(found | {"answer_s": 120.0} | changes)
@@ -77,44 +59,6 @@ def given(board: Board, there: Path, **changes: object) -> ssh.Options:
 
 def connect(board: Board, there: Path, **changes: object) -> FarConnection:
     return ssh.Device().open(given(board, there, **changes))
-
-
-def request(folder: Path, kind: str, runtime: str = "rogue") -> Request:
-    folder.mkdir(exist_ok=True)
-    (folder / kind).write_text("the artifact")
-    artifact = ArtifactReference.of(Artifact(folder, "checkpoint", kind, context=64, prefill=0))
-    task = GenerateTask(prompt=(1, 2), max_tokens=5)
-    return Request(artifact=artifact, runtime=runtime, threads=1, tasks=(task,))
-
-
-def fails(connection: FarConnection, asked: Request) -> str:
-    start = time.monotonic()
-    with pytest.raises(MeasurementError) as caught:
-        connection.run(asked)
-    assert time.monotonic() - start < BOUND_S
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def refused(board: Board, there: Path, **changes: object) -> str:
-    start = time.monotonic()
-    with pytest.raises(MeasurementError) as caught:
-        connect(board, there, **changes)
-    assert time.monotonic() - start < BOUND_S
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def pids(there: Path) -> list[int]:
-    """Of the rogue worker that hangs, and of its child; it writes them beside its artifact."""
-    found: list[Path] = []
-    assert eventually(lambda: found.extend(there.glob("lilliput-*/*/pids")) or found)
-    assert eventually(lambda: len(found[0].read_text().split()) == 2)
-    return [int(pid) for pid in found[0].read_text().split()]
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_requests_are_answered_there_by_pushed_sources(board: Board, there: Path, tmp_path: Path) -> None:
@@ -173,27 +117,27 @@ def test_a_validation_there_finds_what_the_host_finds(
 
 
 def test_nothing_listens(board: Board, there: Path) -> None:
-    message = refused(board, there, address=f"board:{free_port()}")
+    message = fails(lambda: connect(board, there, address=f"board:{free_port()}"))
     assert "no SSH server answers there" in message
     assert "Connection refused" in message
 
 
 def test_the_key_is_refused(board: Board, there: Path) -> None:
-    assert "it refuses the key" in refused(board, there, address="stranger")
+    assert "it refuses the key" in fails(lambda: connect(board, there, address="stranger"))
 
 
 def test_the_host_key_is_not_known(board: Board, there: Path) -> None:
-    assert "its host key is not known" in refused(board, there, address="unknown")
+    assert "its host key is not known" in fails(lambda: connect(board, there, address="unknown"))
 
 
 def test_a_server_that_says_nothing(board: Board, there: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        message = refused(board, there, address=f"board:{mute.getsockname()[1]}", connect_s=2)
+        message = fails(lambda: connect(board, there, address=f"board:{mute.getsockname()[1]}", connect_s=2))
     assert "it does not answer" in message
 
 
 def test_the_folder_is_not_there(board: Board, there: Path) -> None:
-    message = refused(board, there / "none")
+    message = fails(lambda: connect(board, there / "none"))
     assert "connecting: ended with status 73" in message
     assert "No such file or directory" in message
 
@@ -230,7 +174,7 @@ def test_a_full_disk(board: Board, there: Path, tmp_path: Path) -> None:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "sound.data").write_bytes(bytes(3_000_000))
         with closing(connect(board, small)) as connection:
-            message = fails(connection, request(tmp_path / "a", "sound"))
+            message = fails(lambda: connection.run(request(tmp_path / "a", "sound")))
             assert f"pushing a (3.0 MB): the disk of {small} is full there" in message
         assert empty(small)
     finally:
@@ -239,18 +183,20 @@ def test_a_full_disk(board: Board, there: Path, tmp_path: Path) -> None:
 
 def test_crashes_and_kills_are_told_apart(board: Board, there: Path, tmp_path: Path) -> None:
     with closing(connect(board, there)) as connection:
-        assert "crashed with SIGSEGV" in fails(connection, request(tmp_path / "a", "crash"))
-        message = fails(connection, request(tmp_path / "a", "killed"))
+        assert "crashed with SIGSEGV" in fails(lambda: connection.run(request(tmp_path / "a", "crash")))
+        message = fails(lambda: connection.run(request(tmp_path / "a", "killed")))
         assert "rogue on killed (ssh://board) was killed by the system, most likely for want of memory" in message
-        assert "RuntimeError: the delegate is gone" in fails(connection, request(tmp_path / "a", "raise"))
-        assert "ended with status 0 and no reply" in fails(connection, request(tmp_path / "a", "quiet"))
+        assert "RuntimeError: the delegate is gone" in fails(lambda: connection.run(request(tmp_path / "a", "raise")))
+        assert "ended with status 0 and no reply" in fails(lambda: connection.run(request(tmp_path / "a", "quiet")))
         assert connection.run(request(tmp_path / "a", "sound")).generated == (3, 4, 5, 6, 7)
 
 
 def test_a_hang_is_stopped_and_nothing_is_left(board: Board, there: Path, tmp_path: Path) -> None:
     with closing(connect(board, there, stall_s=15)) as connection:
         messages: list[str] = []
-        work = threading.Thread(target=lambda: messages.append(fails(connection, request(tmp_path / "a", "hang"))))
+        work = threading.Thread(
+            target=lambda: messages.append(fails(lambda: connection.run(request(tmp_path / "a", "hang"))))
+        )
         work.start()
         left = pids(there)
         work.join()
@@ -262,7 +208,9 @@ def test_a_device_that_vanishes(board: Board, there: Path, tmp_path: Path) -> No
     """Its side of the connection is killed: our side has a verdict, and the device cleans up by itself."""
     with closing(connect(board, there)) as connection:
         messages: list[str] = []
-        work = threading.Thread(target=lambda: messages.append(fails(connection, request(tmp_path / "a", "hang"))))
+        work = threading.Thread(
+            target=lambda: messages.append(fails(lambda: connection.run(request(tmp_path / "a", "hang"))))
+        )
         work.start()
         left = pids(there)
         for session in board.sessions():
@@ -271,7 +219,9 @@ def test_a_device_that_vanishes(board: Board, there: Path, tmp_path: Path) -> No
         assert "rogue on hang (ssh://board): the connection was lost" in messages[0]
         assert eventually(lambda: all(map(gone, left)))
         assert empty(there)
-        assert "the connection was lost" in fails(connection, request(tmp_path / "b", "sound")), "and stays lost"
+        assert "the connection was lost" in fails(lambda: connection.run(request(tmp_path / "b", "sound"))), (
+            "and stays lost"
+        )
 
 
 def test_our_own_death_leaves_nothing_there(board: Board, there: Path, tmp_path: Path) -> None:
