@@ -124,9 +124,7 @@ def slice_rows(found: SuiteFigures) -> list[tuple[str, ...]]:
             figures.percent(s.float_score),
             figures.percent(s.score),
             figures.percent(s.drop),
-            f"{figures.percent(s.drop_interval.low)} to {figures.percent(s.drop_interval.high)}"
-            if s.drop_interval
-            else figures.NONE,
+            f"{figures.percent(s.drop_interval.low)} to {figures.percent(s.drop_interval.high)}",
             figures.number(s.mean_kld),
         )
         for s in found.slices

@@ -172,7 +172,7 @@ class SliceFigures(Record):
     float_score: float
     score: float
     drop: float
-    drop_interval: Interval | None  # paired, over the items; None: a single item has none
+    drop_interval: Interval  # 95 %, paired, over the items
     mean_kld: float  # nats a token along the float model's answers
     answer_tokens: int
     lost: tuple[Example, ...] = ()  # some that the float model answered right and the artifact wrong

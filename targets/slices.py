@@ -2,8 +2,9 @@
 
     score      1 or 0: the item's check of the answer (lilliput.suites). Items with a JSON schema also count to
                "{slice}, parses": whether the answer holds a JSON value at all
-    drop       float score - score, the mean over the slice's items; its 95 % interval is the paired percentile
-               bootstrap over items (Efron 1979)
+    drop       float score - score, the mean over the slice's items, with a 95 % interval for paired proportions: Wald's
+               after half an item is added to each of the four outcomes (Agresti and Min 2005). A bootstrap would have
+               no width where no answer changed, however few were asked
     mean_kld   nats a token along the float model's own answers: it tells where scores of a weak model do not
 
 Expected calibration error (Naeini et al. 2015), over the items with choices: the mean of |accuracy - confidence| in
@@ -13,17 +14,18 @@ BINS bins of confidence, each weighed by its items; confidence is the likeliest 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lilliput.results import Example, SliceFigures, SuiteFigures
+from lilliput.results import Example, Interval, SliceFigures, SuiteFigures
 from lilliput.suites import Item
 from targets.answers import Answer
-from targets.metrics import bootstrap_interval
 
 BINS = 10
+NORMAL_95 = 1.959964  # of the normal distribution, both sides
 CIRCLE_TOKENS, CIRCLES = 16, 4  # a run of at most so many tokens, so many times in a row, is a circle
 EXAMPLES = 2  # of answers that lost, a slice
 
@@ -58,7 +60,7 @@ def _slice(
         float_score=float(np.mean([before for _, before, _ in its])),
         score=float(np.mean([after for _, _, after in its])),
         drop=float(drops.mean()),
-        drop_interval=bootstrap_interval(drops[:, None]),
+        drop_interval=paired_interval(int((drops > 0).sum()), int((drops < 0).sum()), len(drops)),
         mean_kld=float((kld * weights).sum() / weights.sum()),
         answer_tokens=int(weights.sum()),
         lost=tuple(
@@ -67,6 +69,13 @@ def _slice(
             for i in lost
         ),
     )  # fmt: skip
+
+
+def paired_interval(lost: int, won: int, items: int) -> Interval:
+    """95 % interval of (lost - won) / items, within -1 to 1."""
+    n, change, moved = items + 2, lost - won, lost + won + 1
+    half = NORMAL_95 * math.sqrt(moved - change**2 / n) / n
+    return Interval(low=max(-1.0, change / n - half), high=min(1.0, change / n + half))
 
 
 def scores(item: Item, answer: Answer, decode: Decode) -> dict[str, float]:

@@ -18,7 +18,7 @@ from targets.answers import Answer, Question, answer_all, compare_all, load_answ
 from targets.devices.host import Device, Options
 from targets.metrics import divergence, log_softmax
 from targets.runtimes.torch_cpu import Runtime, TorchSession
-from targets.slices import calibration_error, figures, in_circles, json_values, scores
+from targets.slices import calibration_error, figures, in_circles, json_values, paired_interval, scores
 from targets.validate import Asked, Candidate, Place, References, validate
 
 WORDS = ["Paris", " is", ' {"a": 1}', " and", " [2", "]"]
@@ -87,10 +87,21 @@ def test_a_slice_says_what_was_lost_with_a_paired_interval_and_an_example() -> N
     kept = right.model_copy(update={"mean_kld": 0.1})
     (found,) = figures(asked, [right] * 8, [kept] * 6 + [wrong] * 2, decode).slices
     assert (found.items, found.float_score, found.score, found.drop) == (8, 1, 0.75, 0.25)
-    assert found.drop_interval is not None
-    assert 0 <= found.drop_interval.low < 0.25 < found.drop_interval.high
+    assert found.drop_interval.low < 0.25 < found.drop_interval.high
     assert found.mean_kld == pytest.approx((6 * 0.1 + 2 * 0.5) / 8)
     assert (found.lost[0].id, found.lost[0].float_answer, found.lost[0].answer) == ("6", "Paris", "is")
+
+
+def test_the_interval_is_agresti_and_mins_and_has_a_width_where_nothing_changed() -> None:
+    nothing = paired_interval(0, 0, 12)
+    assert nothing.high == -nothing.low == pytest.approx(1.959964 / 14)
+    some = paired_interval(5, 1, 40)  # adjusted: 5.5 and 1.5 of 42
+    deviation = ((5.5 + 1.5 - 4**2 / 42) ** 0.5) / 42
+    assert (some.low, some.high) == pytest.approx((4 / 42 - 1.959964 * deviation, 4 / 42 + 1.959964 * deviation))
+    rng = np.random.default_rng(0)
+    outcomes = rng.multinomial(30, (0.12, 0.04, 0.84), size=4000)  # lost, won, the same: a true drop of 0.08
+    held = [i.low <= 0.08 <= i.high for lost, won, _ in outcomes for i in [paired_interval(int(lost), int(won), 30)]]
+    assert np.mean(held) >= 0.94
 
 
 QUESTIONS = (
