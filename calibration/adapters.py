@@ -24,6 +24,7 @@ from calibration.statistics import Statistics
 from lilliput.grid import Float
 from lilliput.model import LowRank, QuantizedModel, SourceModel
 from lilliput.progress import Progress, silent
+from lilliput.provenance import RECOVERED
 from lilliput.recipe_schema import Recover
 
 
@@ -82,5 +83,5 @@ def solved_again(full: SourceModel, solved: QuantizedModel, names: Iterable[str]
         weight, spec = full.weights[name], quantized[name].spec
         quantized[name] = gptq.Solver().solve(weight, spec, found[name], gptq.Options())
         quantized[name].check(name)
-    note = {"recovered": "low-rank adapters, merged and solved again by gptq"}
+    note = {"recovered": RECOVERED["adapters"]}
     return replace(solved, quantized=quantized, provenance={**solved.provenance, **note})

@@ -48,6 +48,7 @@ from lilliput.errors import CalibrationError
 from lilliput.grid import Float, QuantizedTensor
 from lilliput.model import QuantizedModel, SourceModel, role_of
 from lilliput.progress import Progress, silent
+from lilliput.provenance import RECOVERED
 from lilliput.recipe_schema import Recover
 
 CHECKPOINT_S = 300.0
@@ -261,7 +262,7 @@ class Trainer:
         for name, tensor in trained.items():
             tensor.check(name)
         floats: dict[str, Float] = {name: p.detach().cpu().numpy().copy() for name, p in self.floats.items()}
-        note = {"recovered": f"qat of {len(trained)} matrices"}
+        note = {"recovered": RECOVERED["qat"]}
         return replace(
             self.solved,
             quantized={**self.solved.quantized, **trained},

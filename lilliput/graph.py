@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -322,14 +322,17 @@ def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced:
     loaded, traced, gathered, grids = first.source, first.trace, first.statistics, grids_of(target, budget)
     assert gathered is not None
     exporter, found = registry.module_name("exporters", target.exporter.name), [priced.price[grid] for grid in grids]
-    known = _known(recipe, target)
+    wanted = recipe.recover_of(target)
+    said = allocate.Said(
+        recipe.model.name, _known(recipe, target), provenance.RECOVERED[wanted.method] if wanted else None
+    )
     allocated = Stage(
         "allocate", target.name, (loaded, traced, gathered, priced.correction, *found), (exporter,),
-        {"budget": budget.model_dump(), "grids": grids, "known": known}
+        {"budget": budget.model_dump(), "grids": grids, "said": asdict(said)}
         | target.model_dump(include={"name", "exporter"}),
         lambda at, folder, progress: allocate.work(
             allocate.Held(at(loaded), at(traced), at(gathered), at(priced.correction), tuple(map(at, found))),
-            target, budget, grids, known, folder, progress,
+            target, budget, grids, said, folder, progress,
         ),
     )  # fmt: skip
     solved = Stage(
@@ -340,7 +343,7 @@ def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced:
             at(priced.sensitivity),
         ),
     )  # fmt: skip
-    return _finished(budget, target.name, solved, recipe.recover_of(target), first, allocated)
+    return _finished(budget, target.name, solved, wanted, first, allocated)
 
 
 def _solution(

@@ -19,6 +19,7 @@ from lilliput.recipe_schema import Budget, Recipe, Target
 
 SHARED_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf", "tokenizers")
 RECIPE, TOOLS, SOLVED = "recipe", "tools", "solved_sha256"
+RECOVERED = {"qat": "qat", "adapters": "low-rank adapters, merged and solved again by gptq"}  # by recover's method
 UNSOLVED = "0" * 64  # stands for the digest where only a file's size is asked for
 
 

@@ -56,6 +56,13 @@ def test_the_file_keeps_to_the_budget_and_uses_it(tmp_path: Path, model: Path) -
     assert held.recipe.quantize.budget_mb == size / MEGA  # type: ignore[union-attr]
 
 
+def test_what_the_file_says_of_name_and_training_counts(tmp_path: Path, model: Path) -> None:
+    wanted = ("quantize={budget_mb: 0.09}", f"model.name={'long' * 40}", "recover={steps: 1}")
+    made = run(tmp_path, model, *wanted, "calibration.count=8")
+    (allocation,) = made.allocations
+    assert allocation.file_bytes == made.targets[0].artifact.size_bytes
+
+
 def test_each_target_chooses_from_its_own_grids(tmp_path: Path, model: Path) -> None:
     made = run(tmp_path, model, "quantize={bits_per_weight: 5}", targets=("onnx", "litert", "gguf"))
     grids = {a.target: {choice.grid for choice in a.choices} for a in made.allocations}

@@ -32,6 +32,15 @@ ROUNDS = 5  # of writing a file and counting: the second fits but for the length
 
 
 @dataclass(frozen=True)
+class Said:
+    """What the file will say beside the solved model's own words; it counts too."""
+
+    name: str | None  # of the model, where the recipe gives one
+    known: Mapping[str, str]  # lilliput.provenance
+    recovered: str | None  # what training notes
+
+
+@dataclass(frozen=True)
 class Held:
     """The folders of what an allocation is made from."""
 
@@ -43,10 +52,8 @@ class Held:
 
 
 def work(
-    held: Held, target: Target, budget: Budget, grids: tuple[str, ...], known: Mapping[str, str], folder: Path,
-    progress: Progress,
+    held: Held, target: Target, budget: Budget, grids: tuple[str, ...], said: Said, folder: Path, progress: Progress
 ) -> None:  # fmt: skip
-    """`known`: what the file will say of its making beside the solved model's own words; it counts too."""
     from lilliput.source import open_stage
 
     exporter: Exporter = registry.load("exporters", target.exporter.name)()
@@ -61,7 +68,7 @@ def work(
             choices=_by_bits(allowed, budget.bits_per_weight, target.name),
         )
     else:
-        found = _by_file(allowed, budget.limit_bytes, Sizes(source, held, target, budget, known), progress)
+        found = _by_file(allowed, budget.limit_bytes, Sizes(source, held, target, budget, said), progress)
     (folder / ALLOCATION).write_text(found.model_dump_json(indent=1) + "\n")
     rules = [rule.model_dump(mode="json") for rule in _rules(found.choices, budget)]
     (folder / RULES).write_text(json.dumps(rules, indent=1) + "\n")
@@ -110,7 +117,7 @@ class Sizes:
     held: Held
     target: Target
     budget: Budget
-    known: Mapping[str, str]
+    said: Said
 
     def of(self, choices: tuple[Choice, ...]) -> int:
         from calibration.allocation import blank
@@ -118,7 +125,9 @@ class Sizes:
         from lilliput.stages.export import export
 
         model = blank(self.source, _rules(choices, self.budget), Statistics(self.held.statistics))
-        model = replace(model, provenance=provenance.told(model.provenance, self.known, provenance.UNSOLVED))
+        trained = {"recovered": self.said.recovered} if self.said.recovered else {}
+        told = provenance.told({**model.provenance, **trained}, self.said.known, provenance.UNSOLVED)
+        model = replace(model, name=self.said.name or model.name, provenance=told)
         with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
             return export(model, self.held.traced, self.target.exporter, Path(scratch)).size_bytes
 
