@@ -207,19 +207,20 @@ def _evaluation(recipe: Recipe, loaded: Stage) -> Stage:
     text = wanted.text if wanted.text in EVALUATION_TEXTS else Path(wanted.text)
     return Stage(
         "evaluation", "", (loaded,), (),
-        {**wanted.model_dump(exclude={"suites", "most"}), "sha256": _text_sha256(wanted.text)},
+        {**wanted.model_dump(exclude={"suites", "most", "items", "most_items"}), "sha256": _text_sha256(wanted.text)},
         lambda at, folder, progress: evaluation.work(at(loaded), text, wanted.count, wanted.length, folder, progress),
     )  # fmt: skip
 
 
 def _asked(recipe: Recipe, loaded: Stage) -> tuple[Stage, ...]:
     """The recipe's suites as questions, and the float model's answers."""
-    names, context = recipe.evaluation.suites, recipe.context
+    names, count, context = recipe.evaluation.suites, recipe.evaluation.items, recipe.context
     if not names:
         return ()
     found = Stage(
-        "suites", "", (loaded,), (), {"context": context, "suites": [suite_sha256(name) for name in names]},
-        lambda at, folder, progress: suites.work(at(loaded), names, context, folder, progress),
+        "suites", "", (loaded,), (),
+        {"context": context, "items": count, "suites": [suite_sha256(name) for name in names]},
+        lambda at, folder, progress: suites.work(at(loaded), names, count, context, folder, progress),
     )  # fmt: skip
     answered = Stage(
         "answers", "", (loaded, found), (), {"context": context},

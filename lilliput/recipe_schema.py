@@ -58,6 +58,7 @@ from lilliput.grid import COMMON_GRIDS, GGUF_GRIDS, grid
 from lilliput.listing import entries
 from lilliput.model import DecoderConfig, role_of
 from lilliput.results import Gate
+from lilliput.suites import FIRST as FIRST_ITEMS
 
 MEGA, BILLION = 1_000_000, 1_000_000_000
 FLOAT = "float32"  # the rule's grid that keeps a matrix as it is
@@ -398,6 +399,17 @@ class Evaluation(Strict):
     most: int | None = Field(default=None, ge=1)  # chunks that open gates may draw (lilliput.decide); None: no more
     length: int = Field(default=512, ge=4)  # tokens in a chunk
     suites: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()  # questions too: built-in suites, JSONL files
+    items: int | None = Field(default=None, ge=1)  # of each slice; None: all of a file's, 12 of a built-in slice
+    most_items: int | None = Field(
+        default=None, ge=1
+    )  # of a slice that open gates may draw; `items` is then 12 or given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _items_of_a_budget(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("most_items") is not None and value.get("items") is None:
+            return {**value, "items": FIRST_ITEMS}
+        return value
 
 
 class Target(Strict):

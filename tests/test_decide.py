@@ -13,8 +13,9 @@ from sample_report import passing, report
 
 from lilliput import decide, pipeline
 from lilliput.errors import InputError
+from lilliput.recipe_schema import Evaluation
 from lilliput.report import Report
-from lilliput.results import GateResult, Verdict, worst
+from lilliput.results import GateResult, Interval, SliceFigures, SuiteFigures, Verdict, worst
 from lilliput.run import Plan, Quiet, Run
 
 
@@ -47,6 +48,57 @@ def counts_of(
     monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(pipeline, "plan", lambda recipe, out, fresh: replace(plan, recipe=recipe))
     return seen, decide.run(plan, lambda plan: nullcontext(Quiet()))
+
+
+def sliced(items: int, verdict: Verdict) -> Report:
+    """A report whose gate on the slice "json" is judged so, after that many items."""
+    made = judged(("slice_drop json", verdict))
+    found = SliceFigures(
+        name="json", items=items, float_score=0.5, score=0.4, drop=0.1, drop_interval=Interval(low=-0.1, high=0.3),
+        mean_kld=0.1, answer_tokens=9,
+    )  # fmt: skip
+    (target,) = made.targets
+    asked = target.model_copy(update={"suites": SuiteFigures(slices=(found,))})
+    return made.model_copy(update={"targets": (asked,)})
+
+
+def items_of(
+    monkeypatch: pytest.MonkeyPatch, out: Path, most: int | None, outcome: Callable[[int], Report]
+) -> tuple[list[int], Run]:  # fmt: skip
+    """Items of each run, and the last."""
+    plan, seen = plan_of(None, out), list[int]()
+    evaluation = Evaluation.model_validate({"most_items": most})
+    plan = replace(plan, recipe=plan.recipe.model_copy(update={"evaluation": evaluation}))
+
+    def run(plan: Plan, watcher: object, kept: object) -> Run:
+        seen.append(plan.recipe.evaluation.items or 0)
+        return Run(plan, outcome(seen[-1]))
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(pipeline, "plan", lambda recipe, out, fresh: replace(plan, recipe=recipe))
+    return seen, decide.run(plan, lambda plan: nullcontext(Quiet()))
+
+
+def test_an_open_slice_asks_for_more_questions_until_it_is_decided(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def outcome(items: int) -> Report:
+        return sliced(items, "INCONCLUSIVE" if items < 40 else "PASS")
+
+    seen, done = items_of(monkeypatch, tmp_path, 60, outcome)
+    assert (seen, done.exit_code) == ([12, 24, 48], 0)
+    assert items_of(monkeypatch, tmp_path, None, outcome)[0] == [0]
+
+
+def test_a_slice_that_is_open_at_the_budget_stays_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen, done = items_of(monkeypatch, tmp_path, 30, lambda items: sliced(items, "INCONCLUSIVE"))
+    assert (seen, done.exit_code) == ([12, 24, 30], 3)
+
+
+def test_a_slice_that_has_no_more_questions_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen, done = items_of(monkeypatch, tmp_path, 90, lambda items: sliced(min(items, 20), "INCONCLUSIVE"))
+    assert (seen, done.exit_code) == ([12, 24], 3)
+    assert "no more questions were asked: json have no more" in done.report.notes[-1]
 
 
 OPEN, SHUT = judged(("mean_kld", "INCONCLUSIVE")), judged(("mean_kld", "PASS"))

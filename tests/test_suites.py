@@ -22,6 +22,69 @@ SIX_LANGUAGES = {"German", "French", "Spanish", "Russian", "Chinese", "Arabic"}
 def test_every_built_in_suite_loads_and_names_its_items_once(name: str) -> None:
     items = suites.load(name)
     assert len({item.id for item in items}) == len(items) >= 8
+    for name_of_slice in {item.slice for item in items}:
+        assert sum(item.slice == name_of_slice for item in items) >= suites.FIRST
+
+
+@pytest.mark.parametrize("name", suites.known())
+def test_a_built_in_slice_has_more_that_begins_with_what_was_asked_before(name: str) -> None:
+    few, many = suites.load(name, 20), suites.load(name, 30)
+    for name_of_slice in {item.slice for item in few}:
+        asked, more = ([item for item in items if item.slice == name_of_slice] for items in (few, many))
+        assert (len(asked), len(more)) == (20, 30)
+        assert more[:20] == asked
+        assert len({(item.prompt, item.haystack) for item in more}) == 30
+    assert suites.load(name, 30) == many
+
+
+def test_the_number_that_is_wanted_is_not_one_that_the_question_says() -> None:
+    import re
+
+    for item in suites.load("arithmetic", 60)[12:]:
+        assert item.regex is not None
+        assert re.search(item.regex, item.prompt) is None
+
+
+def test_a_templates_answer_is_right_and_lies_in_the_text_that_is_asked_about() -> None:
+    """A reader of the sentences computes what the templates say."""
+    import re
+
+    for item in suites.load("arithmetic", 60)[12:]:
+        a, b, *rest = (int(number) for number in re.findall(r"\d+", item.prompt))
+        times = item.prompt.startswith(("A box", "A ticket"))
+        wanted = (a * b if times else a + b) - sum(rest)
+        assert re.search(str(item.regex), f"It is {wanted}.")
+    for item in suites.load("extraction", 60):
+        assert str(item.expected) in item.prompt.partition("\n\n")[0]
+    for item in suites.load("retrieval", 30):
+        assert item.haystack is not None
+        assert str(item.expected) in item.haystack.needle
+        assert str(item.expected) not in item.prompt
+
+
+FOLLOWING = {
+    "После вторника идёт": "среда",
+    "Nach dem Dezember kommt der": "Januar",
+    "六月之后是": "七月",
+    "La capitale du Japon est": "Tokyo",
+    "بعد شهر يناير يأتي شهر": "فبراير",
+    "La capital de Egipto es": "El Cairo",
+}
+
+
+def test_a_language_says_what_comes_next_in_its_own_words() -> None:
+    asked = {item.prompt: item.label for item in suites.load("languages", 40)}
+    found = {prompt: label for prompt, label in FOLLOWING.items() if prompt in asked}
+    assert len(found) >= 4
+    assert {prompt: asked[prompt] for prompt in found} == found
+
+
+def test_the_first_of_a_file_are_taken_slice_by_slice(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    lines = [{"prompt": f"{s}{n}", "slice": s, "expected": "x"} for s in "ab" for n in range(4)]
+    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [item.prompt for item in suites.load(str(own), 2)] == ["a0", "a1", "b0", "b1"]
+    assert len(suites.load(str(own), 9)) == len(suites.load(str(own))) == 8
 
 
 def test_the_built_in_suites_cover_what_is_judged() -> None:
@@ -71,7 +134,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def questions(source: Path, folder: Path, context: int, *lines: dict[str, object]) -> tuple[Question, ...]:
     (folder / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage.work(source, [str(folder / "own.jsonl")], context, folder, silent)
+    stage.work(source, [str(folder / "own.jsonl")], None, context, folder, silent)
     assert stage.items_in(folder) == suites.load(str(folder / "own.jsonl"))
     return load_questions(folder / QUESTIONS)
 

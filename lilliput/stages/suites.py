@@ -23,12 +23,14 @@ ITEMS = "items.jsonl"
 CJK = "\u2e80"  # scripts from here on write no space between words
 
 
-def work(source: Path, names: Sequence[str], context: int, folder: Path, progress: Progress) -> None:
+def work(
+    source: Path, names: Sequence[str], count: int | None, context: int, folder: Path, progress: Progress
+) -> None:  # fmt: skip
     from lilliput.source import open_stage
     from lilliput.tokenizer_folder import load_tokenizer
     from targets.answers import save_questions
 
-    items = [item for name in names for item in suites.load(name)]
+    items = [item for name in names for item in suites.load(name, count)]
     home = open_stage(source).tokenizer
     tokenizer = load_tokenizer(home)
     save_questions([_question(item, tokenizer, home, context) for item in items], folder)

@@ -13,11 +13,15 @@
 A haystack puts other text (docstrings of Python's library) before the question, up to a share `fill` of the model's
 context, and the needle into it at a share `depth` of its length. The built-in suites lie beside this file; a user's own
 are files of the same kind. Only weak claims are made of a small model: each slice is held against the float model.
+
+All items of a user's file are asked, and of a built-in slice FIRST at the least, as templates make more of them
+(lilliput.suites.templates). A number of items a slice takes the first of a file's, and as many of a built-in slice.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -27,7 +31,9 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from lilliput.errors import InputError, did_you_mean
 from lilliput.results import Record
+from lilliput.suites import templates
 
+FIRST = 12  # fewer could not tell a loss of a fifth from none
 CHECKS = ("expected", "regex", "schema", "label", "ends")
 
 
@@ -87,8 +93,28 @@ def path_of(suite: str) -> Path:
     return Path(suite)
 
 
-def load(suite: str) -> tuple[Item, ...]:
-    """The items of a built-in suite or of a JSONL file. Raises InputError naming the line that is wrong."""
+def load(suite: str, count: int | None = None) -> tuple[Item, ...]:
+    """The items of a built-in suite or a JSONL file, `count` a slice where it is given and the suite has so many.
+
+    Raises InputError naming the line that is wrong.
+    """
+    items = _read(suite)
+    slices: dict[str, list[Item]] = {}
+    for item in items:
+        slices.setdefault(item.slice, []).append(item)
+    if suite in known():
+        slices = {name: _filled(name, its, count or FIRST) for name, its in slices.items()}
+    return tuple(item for its in slices.values() for item in its[:count])
+
+
+def _filled(name: str, items: list[Item], count: int) -> list[Item]:
+    """A built-in slice with items from its templates, so far as they go."""
+    made = templates.more(name, [templates.key(item.model_dump(by_alias=True)) for item in items])
+    fields = itertools.islice(made, max(0, count - len(items)))
+    return items + [Item.model_validate({"id": f"{name} {n}", **its}) for n, its in enumerate(fields, len(items) + 1)]
+
+
+def _read(suite: str) -> tuple[Item, ...]:
     path = path_of(suite)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
