@@ -12,9 +12,10 @@ chosen is then solved in full.
 The prices are corrected by what all matrices give when they are solved on one grid, MIDDLE:
 
     each matrix   loss of the solver / price: where inputs have outliers a solver gains more than elsewhere
-    each role     (linear layers, embedding, head) KLD measured / sum of the losses, on samples that the sensitivity
-                  does not come from: errors that add up from layer to layer, and solvers that fit the samples which
-                  the prediction comes from
+    each role     (linear layers, embedding, head) KLD measured / sum of the losses, on samples that neither the
+                  sensitivity nor the solve comes from: errors that add up from layer to layer, and solvers that fit
+                  the samples which they see. (SmolLM2, all linear layers on int4-b32: 0.034 on samples that the solve
+                  had seen, 0.050 on others of the same text; of the embedding 0.021 on both.)
 
 Solvers minimise what the allocation counts: the second moments that they are given are those that are weighted by
 the gradients, for the tied embedding too (calibration.sensitivity.Guided).
@@ -22,7 +23,9 @@ the gradients, for the tied embedding too (calibration.sensitivity.Guided).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -32,9 +35,9 @@ from calibration.divergence import divergence
 from calibration.knapsack import Option
 from calibration.parallel import in_parallel
 from calibration.samples import Samples
-from calibration.sensitivity import Curvature, Sensitivity, held_out
+from calibration.sensitivity import Curvature, Guided, Sensitivity, held_out
 from calibration.solve import provenance_of, solve
-from calibration.statistics import INPUTS, Statistics
+from calibration.statistics import INPUTS, Statistics, Without, gather
 from lilliput import registry
 from lilliput.allocated import Choice, kind_of
 from lilliput.errors import CalibrationError
@@ -193,19 +196,21 @@ def _fits(spec: GridSpec, cols: int) -> bool:
 def correct(
     source: SourceModel, statistics: Statistics, sensitivity: Sensitivity, samples: Samples, solver: Plugin = GPTQ
 ) -> Corrections:
-    """What the prices are multiplied by, matrix by matrix. `samples`: all of the calibration."""
+    """What the prices are multiplied by, matrix by matrix. `statistics`, `samples`: all of the calibration."""
     names = [name for name in source.config.parameter_shapes() if role_of(name) != "vector"]
-    priced = price(source, statistics, sensitivity, MIDDLE, solver).of
+    priced = price(source, Guided(statistics, sensitivity), sensitivity, MIDDLE, solver).of
     judged, found = held_out(samples, sensitivity, HELD), dict[str, float]()
-    for role in dict.fromkeys(map(role_of, names)):
-        rules = [Rule(match=name, grid=MIDDLE, solver=solver) for name in names if role_of(name) == role]
-        solved = solve(source, [*rules, Rule(match="*", grid=FLOAT)], statistics).quantized
-        losses = {name: sensitivity[name].loss(source.weights[name], tensor) for name, tensor in solved.items()}
-        predicted = sum(losses.values())
-        scale = divergence(source, solved, judged) / predicted if predicted > 0 else 1.0
-        for name, loss in losses.items():
-            guess = priced[name].loss if name in priced else 0.0
-            found[name] = scale * (loss / guess if guess > 0 and loss > 0 else 1.0)
+    with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
+        seen = Guided(Without(statistics, gather(source, judged, Path(scratch))), sensitivity)
+        for role in dict.fromkeys(map(role_of, names)):
+            rules = [Rule(match=name, grid=MIDDLE, solver=solver) for name in names if role_of(name) == role]
+            solved = solve(source, [*rules, Rule(match="*", grid=FLOAT)], seen).quantized
+            losses = {name: sensitivity[name].loss(source.weights[name], tensor) for name, tensor in solved.items()}
+            predicted = sum(losses.values())
+            scale = divergence(source, solved, judged) / predicted if predicted > 0 else 1.0
+            for name, loss in losses.items():
+                guess = priced[name].loss if name in priced else 0.0
+                found[name] = scale * (loss / guess if guess > 0 and loss > 0 else 1.0)
     return Corrections(of=found)
 
 

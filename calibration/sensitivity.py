@@ -110,12 +110,13 @@ class Guided(Statistics):
 
     def __init__(self, statistics: Statistics, sensitivity: Sensitivity) -> None:
         super().__init__(statistics.folder)
+        self._plain = statistics
         self._sensitivity = sensitivity  # `_names` are those of the statistics
 
     def __getitem__(self, name: str) -> InputStatistics:
         moments = self._sensitivity[name].moments
         if name in self._names:
-            found = super().__getitem__(name)
+            found = self._plain[name]
             plain = found.second_moments
             blend = (moments + plain * (np.trace(moments) / (np.trace(plain) or 1.0))) / 2
             return replace(found, second_moments=blend.astype(np.float32))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -83,6 +83,22 @@ class Statistics(Mapping[str, InputStatistics]):
 
     def __len__(self) -> int:
         return len(self._names) + ("head" not in self._names)
+
+
+class Without(Statistics):
+    """Statistics of all samples but some that were among them."""
+
+    def __init__(self, every: Statistics, some: Statistics) -> None:
+        super().__init__(every.folder)
+        self._some = some
+
+    def __getitem__(self, name: str) -> InputStatistics:
+        found, left_out = super().__getitem__(name), self._some[name]
+        count = found.count - left_out.count
+        if count <= 0:  # nothing else is there
+            return found
+        moments = (found.count * found.second_moments - left_out.count * left_out.second_moments) / count
+        return replace(found, second_moments=moments.astype(np.float32), count=count)
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import tiny_recipe
 
 from lilliput import manifest, pipeline, report
-from lilliput.allocated import classes
+from lilliput.allocated import Choice, classes
 from lilliput.errors import CalibrationError, RecipeError
+from lilliput.progress import silent
 from lilliput.recipe import load
+from lilliput.stages import allocate
 
 MEGA = 10**6
 
@@ -133,3 +136,24 @@ def test_the_plan_names_the_stages(tmp_path: Path, model: Path) -> None:
 def test_what_a_budget_is(tmp_path: Path, model: Path, given: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load(tiny_recipe.write(tmp_path, model), [f"quantize={given}"])
+
+
+def test_what_lies_beside_the_matrices_may_depend_on_the_choice() -> None:
+    """The smallest choice's file has 40 bytes more beside its matrices than others: the budget is used all the same."""
+
+    class Prices:
+        least_bytes, grids = 100, ("a",)
+
+        def within(self, limit: int) -> tuple[Choice, ...]:
+            size = min(limit, 1000) // 10 * 10
+            return (Choice(name="m", grid="a", weights=1, size_bytes=size, loss=1 / size),)
+
+    class Sizes:
+        target = SimpleNamespace(name="t")
+
+        def of(self, choices: tuple[Choice, ...]) -> int:
+            size = choices[0].size_bytes
+            return size + (50 if size == 100 else 10)
+
+    found = allocate._by_file(Prices(), 500, Sizes(), silent)  # type: ignore[arg-type]
+    assert (found.file_bytes, found.choices[0].size_bytes) == (500, 490)

@@ -15,12 +15,11 @@ def work(
 ) -> None:
     from calibration import allocation
     from calibration.samples import load
-    from calibration.sensitivity import Guided, Sensitivity
+    from calibration.sensitivity import Sensitivity
     from calibration.statistics import Statistics
     from lilliput.source import open_stage
 
     found = Sensitivity(sensitivity)
-    guided = Guided(Statistics(statistics), found)
-    corrections = allocation.correct(open_stage(source), guided, found, load(samples), solver)
+    corrections = allocation.correct(open_stage(source), Statistics(statistics), found, load(samples), solver)
     (folder / CORRECTIONS).write_text(corrections.model_dump_json(indent=1) + "\n")
     progress(1, 1)

@@ -12,6 +12,7 @@ from calibration.allocation import Prices
 from calibration.divergence import divergence
 from calibration.sensitivity import Guided, Sensitivity
 from calibration.solve import solve
+from calibration.statistics import Statistics
 from lilliput.errors import CalibrationError
 from lilliput.model import SourceModel
 from lilliput.recipe_schema import Plugin, Rule
@@ -31,14 +32,19 @@ def sensed(source: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Sen
 
 
 @pytest.fixture(scope="module")
-def guided(source: SourceModel, sensed: Sensitivity, tmp_path_factory: pytest.TempPathFactory) -> Guided:
-    return Guided(statistics.gather(source, random_samples(source), tmp_path_factory.mktemp("statistics")), sensed)
+def plain(source: SourceModel, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return statistics.gather(source, random_samples(source), tmp_path_factory.mktemp("statistics"))
 
 
 @pytest.fixture(scope="module")
-def prices(source: SourceModel, sensed: Sensitivity, guided: Guided) -> Prices:
+def guided(plain: Statistics, sensed: Sensitivity) -> Guided:
+    return Guided(plain, sensed)
+
+
+@pytest.fixture(scope="module")
+def prices(source: SourceModel, sensed: Sensitivity, plain: Statistics, guided: Guided) -> Prices:
     found = [allocation.price(source, guided, sensed, grid) for grid in GRIDS]
-    return allocation.prices(source.config, found, allocation.correct(source, guided, sensed, random_samples(source)))
+    return allocation.prices(source.config, found, allocation.correct(source, plain, sensed, random_samples(source)))
 
 
 def measured(source: SourceModel, guided: Guided, rules: list[Rule]) -> float:
