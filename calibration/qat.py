@@ -32,27 +32,30 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calibration import reconstruction
 from calibration.distillation import divergence
 from calibration.fake_quant import FakeQuant
 from calibration.low_rank import Adapter
 from calibration.samples import Samples
-from calibration.student import computing_in, fastest_precision, final_hidden
-from lilliput import decoder
+from calibration.student import computing_in, fastest_precision, final_hidden, student_of
+from lilliput import checkpoint, decoder
 from lilliput.decoder import Decoder, torch_name
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float, QuantizedTensor
 from lilliput.model import QuantizedModel, SourceModel, role_of
-from lilliput.progress import Progress, silent
+from lilliput.progress import Progress, part, silent
 from lilliput.provenance import RECOVERED
 from lilliput.recipe_schema import Recover
 
 CHECKPOINT_S = 300.0
-CHECKPOINT = "training.safetensors"
+CHECKPOINT, RECONSTRUCTED, SECONDS = "training.safetensors", "reconstructed", "seconds.txt"
+RECONSTRUCTION = 0.3  # of the progress that is shown
 HELD_OUT = 16  # one of so many sequences is not trained on
 WARM_UP = 0.05  # of the schedule
 BETAS = (0.9, 0.99)
@@ -71,6 +74,7 @@ class Recovery:
     held_out_tokens: int
     kept: bool  # whether the trained model is used: the divergence fell
     kld_unmerged: float | None = None  # of adapters beside their base, before they were merged into it
+    kld_reconstructed: float | None = None  # of what training began with, where layers were reconstructed
 
 
 def recover(
@@ -82,19 +86,54 @@ def recover(
     progress: Progress = silent,
 ) -> tuple[QuantizedModel, Recovery]:
     """The trained model on the grids of `solved`. `work` holds checkpoints, and is the same folder after a kill."""
-    trainer = Trainer(source, solved, samples, options)
-    found = trained(trainer, options, work, progress)
+    begun = _reconstructed(source, solved, samples, options, work, part(progress, 0.0, RECONSTRUCTION))
+    start, spent = begun or (solved, 0.0)
+    trainer = Trainer(source, start, samples, options)
+    between = trainer.held_out_divergence() if begun else None
+    before = trainer.divergence_of(solved)
+    found = trained(trainer, options, work, part(progress, RECONSTRUCTION, 1.0), before=before, spent_s=spent)
+    found = replace(found, kld_reconstructed=between)
     return (trainer.model() if found.kept else solved), found
 
 
-def trained(trainer: Trainer, options: Recover, work: Path, progress: Progress = silent) -> Recovery:
-    """Train to the end of the schedule, from the checkpoint in `work` where there is one."""
-    before = trainer.held_out_divergence()
+def _reconstructed(
+    source: SourceModel, solved: QuantizedModel, samples: Samples, options: Recover, work: Path, progress: Progress
+) -> tuple[QuantizedModel, float] | None:
+    """What training starts from, and the seconds that it took; None where a transform folded factors into `solved`, or
+    the options want it so. Kept in `work`."""
+    if options.reconstruct is False or (options.reconstruct is None and reconstruction.folded(source, solved)):
+        return None
+    folder, started = work / RECONSTRUCTED, time.monotonic()
+    if not folder.exists():
+        seen = samples.tokens[~held_out(len(samples.tokens))]
+        model = reconstruction.reconstruct(source, solved, replace(samples, tokens=seen), options.match, progress)
+        unfinished = folder.with_suffix(".tmp")
+        checkpoint.save(model, unfinished)
+        (unfinished / SECONDS).write_text(repr(time.monotonic() - started))
+        unfinished.replace(folder)
+    return checkpoint.load(folder), float((folder / SECONDS).read_text())
+
+
+def held_out(count: int) -> npt.NDArray[np.bool_]:
+    """(count,): the samples that are never trained on."""
+    every = min(HELD_OUT, count)
+    return np.arange(count) % every == every - 1
+
+
+def trained(
+    trainer: Trainer, options: Recover, work: Path, progress: Progress = silent, *, before: float | None = None,
+    spent_s: float = 0.0,
+) -> Recovery:  # fmt: skip
+    """Train to the end of the schedule, from the checkpoint in `work` where there is one.
+
+    `before`: the divergence of what was solved, if the trainer does not start there. `spent_s`: of the minutes, before.
+    """
+    before = trainer.held_out_divergence() if before is None else before
     state = trainer.restore(work / CHECKPOINT)
-    state = _train(trainer, state, options, work, progress)
+    state = _train(trainer, state, options, work, progress, spent_s)
     after = trainer.held_out_divergence()
     return Recovery(
-        options.method, state.step, state.step * options.batch * trainer.length, state.seconds,
+        options.method, state.step, state.step * options.batch * trainer.length, spent_s + state.seconds,
         before, after, trainer.held.numel(), after < before,
     )  # fmt: skip
 
@@ -106,10 +145,11 @@ class State:
     step: int = 0
     seconds: float = 0.0
 
-    def progress(self, options: Recover) -> float:
-        """0 to 1: of the steps, or of the time where that is further."""
+    def progress(self, options: Recover, spent_s: float) -> float:
+        """0 to 1: of the steps, or of the time that `spent_s` left where that is further."""
         steps, seconds = options.limits
-        return max(self.step / steps, self.seconds / seconds)
+        seconds -= spent_s
+        return 1.0 if steps <= 0 or seconds <= 0 else max(self.step / steps, self.seconds / seconds)
 
 
 def rate(progress: float) -> float:
@@ -119,13 +159,15 @@ def rate(progress: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def _train(trainer: Trainer, state: State, options: Recover, work: Path, progress: Progress) -> State:
+def _train(
+    trainer: Trainer, state: State, options: Recover, work: Path, progress: Progress, spent_s: float
+) -> State:  # fmt: skip
     """Step until the schedule ends."""
     before, saved, started = state.seconds, state.seconds, time.monotonic()
-    while (done := state.progress(options)) < 1:
+    while (done := state.progress(options, spent_s)) < 1:
         trainer.step(state.step, rate(done))
         state = State(state.step + 1, before + time.monotonic() - started)
-        progress(min(1000, round(1000 * state.progress(options))), 1000)
+        progress(min(1000, round(1000 * state.progress(options, spent_s))), 1000)
         if state.seconds - saved >= CHECKPOINT_S:
             trainer.save(work / CHECKPOINT, state)
             saved = state.seconds
@@ -144,13 +186,13 @@ class Trainer:
                 f"recover: training wants at least 2 samples, there is {len(tokens)}: raise calibration.count"
             )
         self.length = tokens.shape[1]
-        held = torch.arange(len(tokens)) % min(HELD_OUT, len(tokens)) == min(HELD_OUT, len(tokens)) - 1
+        held = torch.from_numpy(held_out(len(tokens)))
         self.tokens, self.held = tokens[~held], tokens[held]
         teacher = decoder.build(source).to(self.device)
         self.teacher_head = self._head(teacher)
         self.answers, self.held_answers = self._hidden(teacher, self.tokens), self._hidden(teacher, self.held)
         del teacher
-        self.student = _student(solved).to(self.device)
+        self.student = student_of(solved).to(self.device)
         self.head = self._head(self.student)
         self.fakes = {
             name: _part(name, tensor, options)
@@ -321,12 +363,6 @@ def _rates(options: Recover) -> dict[str, float]:
 def _part(name: str, tensor: QuantizedTensor, options: Recover) -> FakeQuant | Adapter:
     """One matrix in training."""
     return FakeQuant(tensor, options.device) if options.method == "qat" else Adapter(name, tensor, options)
-
-
-def _student(solved: QuantizedModel) -> Decoder:
-    """The decoder with the solved model's weights, in memory of its own: they are trained in place."""
-    weights = {name: solved.dequantized(name).copy() for name in solved.config.parameter_shapes()}
-    return decoder.build(SourceModel(solved.name, solved.config, weights, solved.tokenizer, sha256="", origin=""))
 
 
 def _batch(step: int, count: int, options: Recover) -> Tensor:

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lilliput import decoder
 from lilliput.decoder import Decoder, Rope, attend_by_products, ropes
+from lilliput.model import QuantizedModel, SourceModel
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def fastest_precision(device: str) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the processor multiplies it in hardware: on CUDA, and on CPUs with AMX."""
+    """bfloat16 where the processor multiplies it in hardware: on CUDA, and on CPUs with AMX or AVX-512-BF16."""
     if device != "cpu":
         return "bfloat16"
-    return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if able.get("amx_bf16") or able.get("avx512_bf16") else "float32"
 
 
 @contextmanager
@@ -38,15 +41,21 @@ def computing_in(precision: Literal["float32", "bfloat16"], device: str) -> Iter
         yield
 
 
-def final_hidden(decoder: Decoder, tokens: Tensor, *, checkpointing: bool = False) -> Tensor:
+def final_hidden(model: Decoder, tokens: Tensor, *, checkpointing: bool = False) -> Tensor:
     """tokens (B, T) int from position 0 → hidden states after the last norm (B, T, hidden)."""
     steps = tokens.shape[1]
-    h = decoder.embed(tokens, torch.arange(steps, device=tokens.device))
-    for layer, rope in zip(decoder.layers, ropes(decoder.config, steps), strict=True):
+    h = model.embed(tokens, torch.arange(steps, device=tokens.device))
+    for layer, rope in zip(model.layers, ropes(model.config, steps), strict=True):
         here: Rope = None if rope is None else (rope[0].to(tokens.device), rope[1].to(tokens.device))
         if checkpointing:
             h = checkpoint(layer, h, here, attend_by_products, use_reentrant=False)
         else:
             h = layer(h, here, attend_by_products)
-    final: Tensor = decoder.norm(h)
+    final: Tensor = model.norm(h)
     return final
+
+
+def student_of(solved: QuantizedModel) -> Decoder:
+    """The decoder with the solved model's weights, in memory of its own: they are written over."""
+    weights = {name: solved.dequantized(name).copy() for name in solved.config.parameter_shapes()}
+    return decoder.build(SourceModel(solved.name, solved.config, weights, solved.tokenizer, sha256="", origin=""))

@@ -13,3 +13,12 @@ class Progress(Protocol):
 
 def silent(done: int, total: int) -> None:
     """Draw nothing."""
+
+
+def part(progress: Progress, start: float, stop: float) -> Progress:
+    """Progress of a part of the work, from `start` to `stop` of 0 to 1."""
+
+    def shown(done: int, total: int) -> None:
+        progress(round(1000 * (start + (stop - start) * done / total)), 1000)
+
+    return shown

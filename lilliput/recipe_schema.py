@@ -271,9 +271,14 @@ class Recover(Strict):
     """
 
     method: Literal["qat", "adapters"] = "qat"
-    steps: int | None = Field(default=None, ge=1)  # DEFAULT_STEPS where no minutes are given either
+    steps: int | None = Field(
+        default=None, ge=0
+    )  # DEFAULT_STEPS where no minutes are given either; 0: reconstruct only
     minutes: float | None = Field(default=None, gt=0)  # ends the training where that is sooner
     match: str = Field(default="layers.*", min_length=1)  # the matrices that are trained
+    # Layers are solved again on what the layers before them really give, then trained (calibration.reconstruction).
+    # None: where no transform folded factors into the matrices
+    reconstruct: bool | None = None
     learning_rate: float = Field(default=0.0, ge=0)  # 0: codes stay as they were solved (calibration.qat says why)
     scale_learning_rate: float = Field(default=0.0005, ge=0)
     float_learning_rate: float = Field(default=0.0005, ge=0)  # of norms and biases, relative to their mean size
@@ -290,7 +295,9 @@ class Recover(Strict):
     @property
     def limits(self) -> tuple[float, float]:
         """Steps and seconds, either of which ends the training."""
-        steps = self.steps or (DEFAULT_STEPS if self.minutes is None else math.inf)
+        steps = self.steps
+        if steps is None:
+            steps = DEFAULT_STEPS if self.minutes is None else math.inf
         return steps, 60 * self.minutes if self.minutes else math.inf
 
 

@@ -30,6 +30,8 @@ def note(folder: Path, subject: str) -> str:
     """What a training cost and bought, in a sentence."""
     found = json.loads((folder / FACTS).read_text())
     fell = f"{found['kld_before']:.4f} to {found['kld_after']:.4f}"
+    if found["kld_reconstructed"] is not None:
+        fell += f" ({found['kld_reconstructed']:.4f} when its layers were reconstructed)"
     if found["kld_unmerged"] is not None:
         fell += f" ({found['kld_unmerged']:.4f} with the adapters beside their base)"
     verdict = "" if found["kept"] else "; it did not fall, so the solved model ships"
