@@ -111,13 +111,20 @@ def _reconstructed(
         checkpoint.save(model, unfinished)
         (unfinished / SECONDS).write_text(repr(time.monotonic() - started))
         unfinished.replace(folder)
+    return reconstructed_in(work)
+
+
+def reconstructed_in(work: Path) -> tuple[QuantizedModel, float]:
+    """What a training in that folder began with, and the seconds that it took."""
+    folder = work / RECONSTRUCTED
     return checkpoint.load(folder), float((folder / SECONDS).read_text())
 
 
 def held_out(count: int) -> npt.NDArray[np.bool_]:
     """(count,): the samples that are never trained on."""
     every = min(HELD_OUT, count)
-    return np.arange(count) % every == every - 1
+    left_out: npt.NDArray[np.bool_] = np.arange(count) % every == every - 1
+    return left_out
 
 
 def trained(

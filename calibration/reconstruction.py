@@ -62,7 +62,7 @@ class Pair:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = max(1, BATCH_TOKENS // self.teacher.shape[1])
-        yield from zip(self.teacher.split(size), self.student.split(size), strict=True)
+        yield from zip(torch.split(self.teacher, size), torch.split(self.student, size), strict=True)
 
     def through(self, teacher: Callable[[Tensor], Tensor], student: Callable[[Tensor], Tensor]) -> Pair:
         parts = [(teacher(t), student(s)) for t, s in self.batches()]
@@ -130,7 +130,7 @@ class _Moments:
         residual = torch.zeros(stream.teacher.shape[-1], cols, dtype=torch.float64)
         weights = 1 / stream.teacher.square().mean(-1, keepdim=True)
         weights = (weights / weights.mean()).sqrt()
-        per_batch = weights.split(max(1, BATCH_TOKENS // weights.shape[1]))
+        per_batch = torch.split(weights, max(1, BATCH_TOKENS // weights.shape[1]))
         for (t, s), (h, g), w in zip(inputs.batches(), stream.batches(), per_batch, strict=True):
             x, y, lost = ((w * part).flatten(0, 1) for part in (t, s, h - g))
             own += y.T @ y
@@ -143,7 +143,8 @@ class _Moments:
         lost = weight.double() @ (self.cross - self.own)
         if self.residual is not None:
             lost += self.residual
-        return (weight + BLEND * torch.linalg.solve(gptq.damped(self.own, DAMPING), lost.T).T).float()
+        best: Tensor = weight + BLEND * torch.linalg.solve(gptq.damped(self.own, DAMPING), lost.T).T
+        return best.float()
 
 
 class _Layers:
@@ -173,7 +174,7 @@ class _Layers:
         self._solve((name,), inner, stream if norms[0] is None else None)
         added = inner.through(self.teacher.get_submodule(name), self.student.get_submodule(name))
         if norms[0] is not None and norms[1] is not None:
-            added = added.through(*norms)
+            added = added.through(norms[0], norms[1])
         return Pair(stream.teacher + added.teacher, stream.student + added.student)
 
     def _solve(self, names: Sequence[str], inputs: Pair, stream: Pair | None) -> None:

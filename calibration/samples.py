@@ -2,6 +2,7 @@
 
     self              sampled from the float model (calibration.generation): needs no data
     builtin           the first part of Python's own language reference (lilliput.texts)
+    docstrings        those of Python's standard library (likewise)
     dataset:ID        a dataset of the hub or a local path, by the package `datasets`
     PATH.jsonl        one JSON object a line: `text`, or `messages` for the chat template
     PATH              any other file is one UTF-8 text
@@ -78,7 +79,7 @@ class SampleOptions(BaseModel):
 class Provenance:
     """What samples are, as reports and checkpoints record it."""
 
-    kind: str  # self, builtin, text, jsonl, dataset or mix
+    kind: str  # self, builtin, docstrings, text, jsonl, dataset or mix
     description: str
     sha256: str  # of the text, of the tokens where the model wrote them, or of a mix's parts' sha256
     count: int
@@ -179,15 +180,15 @@ def _generated(source: SourceModel, options: SampleOptions, progress: Progress) 
 
 def _documents(source: SourceModel, options: SampleOptions) -> tuple[str, Iterable[str]]:
     """The kind of the samples and their texts."""
-    if options.samples == "builtin":
-        return "builtin", [texts.calibration_text()]
+    if options.text in texts.CALIBRATION_TEXTS:
+        return options.text, [texts.calibration_text(options.text)]
     if options.text.startswith(DATASET):
         return "dataset", _dataset(source, options)
     path = Path(options.text)
     if not path.is_file():
         raise CalibrationError(
-            f"calibration samples {options.samples!r}: no such file; wanted self, builtin, dataset:<id or path>, "
-            "a text file or a .jsonl file"
+            f"calibration samples {options.samples!r}: no such file; wanted self, builtin, docstrings, "
+            "dataset:<id or path>, a text file or a .jsonl file"
         )
     return ("jsonl", _jsonl(source, path, options.field)) if path.suffix == ".jsonl" else ("text", [_text(path)])
 

@@ -52,7 +52,14 @@ from lilliput.stages import (
 from lilliput.stages import validate as validation
 from lilliput.store import key_of
 from lilliput.suites import sha256 as suite_sha256
-from lilliput.texts import EVALUATION_TEXTS, builtin_text, evaluation_text, text_sha256
+from lilliput.texts import (
+    CALIBRATION_TEXTS,
+    EVALUATION_TEXTS,
+    builtin_text,
+    calibration_text,
+    evaluation_text,
+    text_sha256,
+)
 
 At = Callable[["Stage"], Path]  # the folder of an earlier stage's result
 
@@ -232,7 +239,7 @@ def _asked(recipe: Recipe, loaded: Stage) -> tuple[Stage, ...]:
 def _samples(recipe: Recipe, loaded: Stage) -> Stage:
     options = recipe.calibration.model_dump() | {"seed": recipe.seed}
     texts = [part.samples for part in recipe.calibration.parts]
-    digest = " ".join("" if text == "self" else _text_sha256(text) for text in texts)
+    digest = " ".join("" if text == "self" else _samples_sha256(text) for text in texts)
     return Stage(
         "samples", "", (loaded,), (), {**options, "sha256": digest},
         lambda at, folder, progress: samples.work(at(loaded), options, folder, progress),
@@ -446,6 +453,10 @@ def _label(rules: tuple[Rule, ...], taken: list[str]) -> str:
     label = "+".join(dict.fromkeys(rule.grid for rule in rules))
     same = sum(name.partition("#")[0] == label for name in taken)
     return f"{label}#{same + 1}" if same else label
+
+
+def _samples_sha256(text: str) -> str:
+    return text_sha256(calibration_text(text)) if text in CALIBRATION_TEXTS else _text_sha256(text)
 
 
 def _text_sha256(text: str) -> str:

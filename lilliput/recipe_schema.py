@@ -180,7 +180,7 @@ Samples = Annotated[
 
 
 class Calibration(Strict):
-    """Samples: `self` (the model writes them), `builtin`, dataset:<id or path>, a .jsonl file or another text.
+    """Samples: `self` (the model writes them), `builtin`, `docstrings`, dataset:<id or path>, a .jsonl file or a text.
 
     A list of {samples, count} mixes several; `count` is then their sum.
     """
@@ -295,10 +295,8 @@ class Recover(Strict):
     @property
     def limits(self) -> tuple[float, float]:
         """Steps and seconds, either of which ends the training."""
-        steps = self.steps
-        if steps is None:
-            steps = DEFAULT_STEPS if self.minutes is None else math.inf
-        return steps, 60 * self.minutes if self.minutes else math.inf
+        default = DEFAULT_STEPS if self.minutes is None else math.inf
+        return default if self.steps is None else self.steps, 60 * self.minutes if self.minutes else math.inf
 
 
 def _rules(value: object) -> object:

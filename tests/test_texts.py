@@ -40,3 +40,11 @@ def test_a_module_without_a_source_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(texts, "DOCUMENTED", ("math",))
     with pytest.raises(MissingError, match="no source of its module 'math'"):
         texts.docstrings_text.__wrapped__()
+
+
+def test_calibration_docstrings_are_of_other_modules() -> None:
+    text = texts.calibration_text("docstrings")
+    assert len(text) > 500_000
+    lines = {line for line in text.splitlines() if len(line) > 60}
+    evaluated = texts.evaluation_text("docstrings") + texts.evaluation_text()
+    assert sum(line in evaluated for line in lines) < 0.002 * len(lines)

@@ -17,15 +17,16 @@ def test_every_grid_has_its_rows_and_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_llama(tmp_path / "model", max_position_embeddings=512)
-    given = ["--model", str(model), "--out", str(tmp_path / "out"), "--grid", "int2-b32", "--count", "4"]
-    given += ["--chunks", "2", "--minutes", "0.02", "--options", '{"precision": "float32"}']
+    given = ["--model", str(model), "--out", str(tmp_path / "out"), "--grid", "int2-b32"]
+    given += ["--samples", '[{"samples": "builtin", "count": 3}, {"samples": "docstrings", "count": 1}]']
+    given += ["--chunks", "2", "--minutes", "0.2", "--options", '{"precision": "float32"}']
     monkeypatch.setattr(sys, "argv", ["qat", *given])
     qat.main()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["name"] for row in rows] == [*qat.PTQ, "QAT"]
+    assert [row["name"] for row in rows] == [*qat.PTQ, "reconstructed", "QAT"]
     assert all(set(row["mean_kld"]) == {"samples", "builtin", "docstrings"} for row in rows)
     assert rows[-1]["steps"] >= 1
-    assert rows[-1]["minutes"] >= 0.02
+    assert rows[-1]["minutes"] >= 0.2
     assert "int2-b32: QAT below" in capsys.readouterr().out
     monkeypatch.setattr(training, "recover", None)
     qat.main()
