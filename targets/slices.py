@@ -1,7 +1,8 @@
 """Slices: what quantization took from each kind of task, answer by answer against the float model's.
 
-    score      1 or 0: the item's check of the answer (lilliput.suites). Items with a JSON schema also count to
-               "{slice}, parses": whether the answer holds a JSON value at all
+    score      1 or 0: the item's check of the answer (lilliput.suites); of a harness's task 0 to 1, by its own metrics
+               (lilliput.suites.harness). Items with a JSON schema also count to "{slice}, parses": whether the answer
+               holds a JSON value at all
     drop       float score - score, the mean over the slice's items, with a 95 % interval for paired proportions: Wald's
                after half an item is added to each of the four outcomes (Agresti and Min 2005). A bootstrap would have
                no width where no answer changed, however few were asked
@@ -20,8 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from lilliput.grid import Float
 from lilliput.results import Example, Interval, SliceFigures, SuiteFigures
-from lilliput.suites import Item
+from lilliput.suites import Item, harness
+from lilliput.suites.harness import HarnessItem
 from targets.answers import Answer
 
 BINS = 10
@@ -30,13 +33,14 @@ CIRCLE_TOKENS, CIRCLES = 16, 4  # a run of at most so many tokens, so many times
 EXAMPLES = 2  # of answers that lost, a slice
 
 Decode = Callable[[Sequence[int]], str]
+Asked = Item | HarnessItem
 
 
-def figures(items: Sequence[Item], wanted: Sequence[Answer], found: Sequence[Answer], decode: Decode) -> SuiteFigures:
+def figures(items: Sequence[Asked], wanted: Sequence[Answer], found: Sequence[Answer], decode: Decode) -> SuiteFigures:
     """Every slice in the order of its first item: the float model's answers `wanted`, a candidate's `found`."""
     slices: dict[str, list[tuple[int, float, float]]] = {}
-    for i, (item, theirs, ours) in enumerate(zip(items, wanted, found, strict=True)):
-        before, after = scores(item, theirs, decode), scores(item, ours, decode)
+    both = zip(all_scores(items, wanted, decode), all_scores(items, found, decode), strict=True)
+    for i, (before, after) in enumerate(both):
         for name, score in before.items():
             slices.setdefault(name, []).append((i, score, after[name]))
     return SuiteFigures(
@@ -46,8 +50,25 @@ def figures(items: Sequence[Item], wanted: Sequence[Answer], found: Sequence[Ans
     )
 
 
+def all_scores(items: Sequence[Asked], answers: Sequence[Answer], decode: Decode) -> list[dict[str, float]]:
+    """What each answer counts to which slice."""
+    theirs = [(item, answer) for item, answer in zip(items, answers, strict=True) if isinstance(item, HarnessItem)]
+    judged = iter(harness.scores([item for item, _ in theirs], [_responses(*pair, decode) for pair in theirs]))
+    return [
+        next(judged) if isinstance(item, HarnessItem) else scores(item, answer, decode)
+        for item, answer in zip(items, answers, strict=True)
+    ]
+
+
+def _responses(item: HarnessItem, answer: Answer, decode: Decode) -> list[harness.Response]:
+    """To each of the item's requests."""
+    if item.choices:
+        return list(zip(answer.choice_log_probabilities, answer.choice_greedy, strict=True))
+    return [harness.cut(decode(answer.tokens), item.until)]
+
+
 def _slice(
-    name: str, its: list[tuple[int, float, float]], items: Sequence[Item], wanted: Sequence[Answer],
+    name: str, its: list[tuple[int, float, float]], items: Sequence[Asked], wanted: Sequence[Answer],
     found: Sequence[Answer], decode: Decode,
 ) -> SliceFigures:  # fmt: skip
     drops = np.array([before - after for _, before, after in its])
@@ -60,7 +81,7 @@ def _slice(
         float_score=float(np.mean([before for _, before, _ in its])),
         score=float(np.mean([after for _, _, after in its])),
         drop=float(drops.mean()),
-        drop_interval=paired_interval(int((drops > 0).sum()), int((drops < 0).sum()), len(drops)),
+        drop_interval=paired_interval(drops),
         mean_kld=float((kld * weights).sum() / weights.sum()),
         answer_tokens=int(weights.sum()),
         lost=tuple(
@@ -71,9 +92,9 @@ def _slice(
     )  # fmt: skip
 
 
-def paired_interval(lost: int, won: int, items: int) -> Interval:
-    """95 % interval of (lost - won) / items, within -1 to 1."""
-    n, change, moved = items + 2, lost - won, lost + won + 1
+def paired_interval(drops: Sequence[float] | Float) -> Interval:
+    """95 % interval of the mean of drops from -1 to 1; a drop between counts by its square to the variance."""
+    n, change, moved = len(drops) + 2, float(np.sum(drops)), float(np.sum(np.square(drops))) + 1
     half = NORMAL_95 * math.sqrt(moved - change**2 / n) / n
     return Interval(low=max(-1.0, change / n - half), high=min(1.0, change / n + half))
 
@@ -93,11 +114,12 @@ def scores(item: Item, answer: Answer, decode: Decode) -> dict[str, float]:
     return {item.slice: float(answer.finished and not in_circles(answer.tokens))}
 
 
-def said(item: Item, answer: Answer, decode: Decode) -> str:
+def said(item: Asked, answer: Answer, decode: Decode) -> str:
     """The answer's text, or its likeliest choice."""
     if answer.choice_log_probabilities:
         return item.choices[int(np.argmax(answer.choice_log_probabilities))]
-    return decode(answer.tokens).strip()
+    text = decode(answer.tokens)
+    return (harness.cut(text, item.until) if isinstance(item, HarnessItem) else text).strip()
 
 
 def json_values(text: str) -> Iterator[object]:
@@ -130,11 +152,11 @@ def in_circles(tokens: Sequence[int]) -> bool:
     return False
 
 
-def calibration_error(items: Sequence[Item], answers: Sequence[Answer]) -> float | None:
-    """0 to 1; None where no item has choices."""
+def calibration_error(items: Sequence[Asked], answers: Sequence[Answer]) -> float | None:
+    """0 to 1; None where no item has choices and a label."""
     confidence, right = list[float](), list[bool]()
     for item, answer in zip(items, answers, strict=True):
-        if answer.choice_log_probabilities:
+        if answer.choice_log_probabilities and item.label is not None:
             shares = np.exp(np.array(answer.choice_log_probabilities) - max(answer.choice_log_probabilities))
             confidence.append(float(shares.max() / shares.sum()))
             right.append(item.choices[int(shares.argmax())] == item.label)

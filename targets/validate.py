@@ -24,7 +24,6 @@ from lilliput.errors import MeasurementError
 from lilliput.model import QuantizedModel
 from lilliput.progress import Progress, silent
 from lilliput.results import ArtifactFigures, Gate, GateResult, Generation, Rung, SuiteFigures, TargetResult, worst
-from lilliput.suites import Item
 from targets import boards, gates, ladder, slices
 from targets.answers import ANSWERS, QUESTIONS, load_answers
 from targets.base import Connection
@@ -96,10 +95,11 @@ class Smoke:
 class Asked:
     """The recipe's questions: the folders of their tokens and of the float model's answers."""
 
-    items: tuple[Item, ...]
+    items: tuple[slices.Asked, ...]
     questions: Path
     answers: Path
     decode: Callable[[Sequence[int]], str]
+    notes: tuple[str, ...] = ()  # what is not asked, by name
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def validate(
         ladder.exact_rung(measured.exact.metrics, measured.exact.missing, dequantized),
         ladder.shipped_rung(measured.shipped.metrics, measured.shipped.missing),
     )
-    return _result(candidate, place, seen, smoke, limits, measured, rungs, read_back)
+    found = _result(candidate, place, seen, smoke, limits, measured, rungs, read_back)
+    return found if asked is None else found.model_copy(update={"notes": (*found.notes, *asked.notes)})
 
 
 def _needed_bytes(artifact: Artifact) -> int:

@@ -1,6 +1,6 @@
 """Tokenize the items of the recipe's suites, before anything costly: one that does not fit the context is refused here.
 
-items.jsonl        the items as they are checked (lilliput.suites), of all suites one after the other
+items.json         the items as they are checked (lilliput.suites), of all suites one after the other
 questions.json     the same as token ids (targets.answers)
 """
 
@@ -10,16 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from lilliput import suites
 from lilliput.errors import InputError
 from lilliput.progress import Progress
-from lilliput.suites import Haystack, Item
+from lilliput.suites import Haystack, Item, harness
+from lilliput.suites.harness import HarnessItem, HarnessQuestion
 from lilliput.texts import docstrings_text
 
 if TYPE_CHECKING:
     from targets.answers import Question
 
-ITEMS = "items.jsonl"
+ITEMS = "items.json"
+_ITEMS = TypeAdapter(tuple[Item | HarnessItem, ...])
 CJK = "\u2e80"  # scripts from here on write no space between words
 
 
@@ -27,24 +31,44 @@ def work(
     source: Path, names: Sequence[str], count: int | None, context: int, folder: Path, progress: Progress
 ) -> None:  # fmt: skip
     from lilliput.source import open_stage
-    from lilliput.tokenizer_folder import load_tokenizer
-    from targets.answers import save_questions
+    from lilliput.tokenizer_folder import load_tokenizer, stop_tokens
+    from targets.answers import Question, save_questions
 
-    items = [item for name in names for item in suites.load(name, count)]
     home = open_stage(source).tokenizer
     tokenizer = load_tokenizer(home)
-    save_questions([_question(item, tokenizer, home, context) for item in items], folder)
-    (folder / ITEMS).write_text("".join(item.model_dump_json(by_alias=True) + "\n" for item in items), encoding="utf-8")
+    stops = tuple(sorted(stop_tokens(home, tokenizer.eos_token_id)))
+    items, questions = list[Item | HarnessItem](), list[Question]()
+    for name in names:
+        if harness.is_task(name):
+            found = list(harness.questions(name, tokenizer, count))
+            items += [asked.item for asked in found]
+            questions += [_harness_question(asked, stops, context) for asked in found]
+        else:
+            own = suites.load(name, count)
+            items += own
+            questions += [_question(item, tokenizer, stops, context) for item in own]
+    save_questions(questions, folder)
+    (folder / ITEMS).write_bytes(_ITEMS.dump_json(tuple(items), by_alias=True))
     progress(1, 1)
 
 
-def items_in(folder: Path) -> tuple[Item, ...]:
+def items_in(folder: Path) -> tuple[Item | HarnessItem, ...]:
     """What `work` wrote."""
-    return suites.load(str(folder / ITEMS))
+    return _ITEMS.validate_json((folder / ITEMS).read_bytes())
 
 
-def _question(item: Item, tokenizer: Any, home: Path, context: int) -> Question:
-    from lilliput.tokenizer_folder import stop_tokens
+def _harness_question(asked: HarnessQuestion, stops: tuple[int, ...], context: int) -> Question:
+    from targets.answers import Question
+
+    longest = max(map(len, asked.choices), default=asked.max_tokens)
+    _check_room(asked.item.id, len(asked.prompt), longest, context)
+    return Question(
+        id=asked.item.id, prompt=asked.prompt, choices=asked.choices, given=asked.given, max_tokens=asked.max_tokens,
+        stop_tokens=stops,
+    )  # fmt: skip
+
+
+def _question(item: Item, tokenizer: Any, stops: tuple[int, ...], context: int) -> Question:
     from targets.answers import Question
 
     chat = bool(tokenizer.chat_template) and not item.raw
@@ -53,15 +77,19 @@ def _question(item: Item, tokenizer: Any, home: Path, context: int) -> Question:
     space = "" if chat or text[-1] >= CJK else " "
     choices = [tokenizer.encode(space + choice, add_special_tokens=False) for choice in item.choices]
     longest = max(map(len, choices)) if choices else item.max_tokens
-    if len(prompt) + longest > context:
-        raise InputError(
-            f"suites: {item.id} has {len(prompt)} tokens and {longest} for its answer, the context is {context}: "
-            "shorten it, or raise the recipe's context"
-        )
+    _check_room(item.id, len(prompt), longest, context)
     return Question(
         id=item.id, prompt=tuple(prompt), choices=tuple(map(tuple, choices)), max_tokens=item.max_tokens,
-        stop_tokens=tuple(sorted(stop_tokens(home, tokenizer.eos_token_id))),
+        stop_tokens=stops,
     )  # fmt: skip
+
+
+def _check_room(name: str, prompt: int, longest: int, context: int) -> None:
+    if prompt + longest > context:
+        raise InputError(
+            f"suites: {name} has {prompt} tokens and {longest} for its answer, the context is {context}: "
+            "shorten it, or raise the recipe's context"
+        )
 
 
 def _rendered(text: str, tokenizer: Any) -> list[int]:

@@ -96,6 +96,7 @@ def measure(artifact: Artifact, held: Held, target: Target, folder: Path, progre
 def _asked(held: Held) -> Asked | None:
     """What the recipe's suites ask."""
     from lilliput.stages.suites import items_in
+    from lilliput.suites.harness import HarnessItem, left_out
     from lilliput.tokenizer_folder import load_tokenizer
     from targets.validate import Asked
 
@@ -106,7 +107,9 @@ def _asked(held: Held) -> Asked | None:
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    return Asked(items_in(held.suites), held.suites, held.answers, decode)
+    items = items_in(held.suites)
+    tasks = dict.fromkeys(item.suite for item in items if isinstance(item, HarnessItem))
+    return Asked(items, held.suites, held.answers, decode, left_out(tasks))
 
 
 def device_of(plugin: Plugin) -> tuple[Device, BaseModel]:

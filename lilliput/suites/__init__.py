@@ -14,6 +14,8 @@ A haystack puts other text (docstrings of Python's library) before the question,
 context, and the needle into it at a share `depth` of its length. The built-in suites lie beside this file; a user's own
 are files of the same kind. Only weak claims are made of a small model: each slice is held against the float model.
 
+A task of lm-evaluation-harness is a suite too, `lm-eval:TASK` (lilliput.suites.harness).
+
 All items of a user's file are asked, and of a built-in slice FIRST at the least, as templates make more of them
 (lilliput.suites.templates). A number of items a slice takes the first of a file's, and as many of a built-in slice.
 """
@@ -31,7 +33,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from lilliput.errors import InputError, did_you_mean
 from lilliput.results import Record
-from lilliput.suites import templates
+from lilliput.suites import harness, templates
 
 FIRST = 12  # fewer could not tell a loss of a fifth from none
 CHECKS = ("expected", "regex", "schema", "label", "ends")
@@ -152,6 +154,8 @@ def _check_schema(schema: dict[str, JsonValue], path: Path, number: int) -> None
         raise InputError(f"suite {path}, line {number}: schema: {error.message}") from error
 
 
-def sha256(suite: str) -> str:
-    """Of a suite's file."""
+def sha256(suite: str, count: int | None) -> str:
+    """Of a suite's file; of a harness's task, what is asked of it."""
+    if harness.is_task(suite):
+        return harness.sha256(suite, count)
     return hashlib.sha256(path_of(suite).read_bytes()).hexdigest()

@@ -93,15 +93,22 @@ def test_a_slice_says_what_was_lost_with_a_paired_interval_and_an_example() -> N
 
 
 def test_the_interval_is_agresti_and_mins_and_has_a_width_where_nothing_changed() -> None:
-    nothing = paired_interval(0, 0, 12)
+    nothing = paired_interval([0] * 12)
     assert nothing.high == -nothing.low == pytest.approx(1.959964 / 14)
-    some = paired_interval(5, 1, 40)  # adjusted: 5.5 and 1.5 of 42
+    some = paired_interval([1] * 5 + [-1] + [0] * 34)  # adjusted: 5.5 and 1.5 of 42
     deviation = ((5.5 + 1.5 - 4**2 / 42) ** 0.5) / 42
     assert (some.low, some.high) == pytest.approx((4 / 42 - 1.959964 * deviation, 4 / 42 + 1.959964 * deviation))
     rng = np.random.default_rng(0)
-    outcomes = rng.multinomial(30, (0.12, 0.04, 0.84), size=4000)  # lost, won, the same: a true drop of 0.08
-    held = [i.low <= 0.08 <= i.high for lost, won, _ in outcomes for i in [paired_interval(int(lost), int(won), 30)]]
+    outcomes = rng.choice([1, -1, 0], p=(0.12, 0.04, 0.84), size=(4000, 30))  # lost, won, the same: a true drop of 0.08
+    held = [i.low <= 0.08 <= i.high for i in map(paired_interval, outcomes)]
     assert np.mean(held) >= 0.94
+
+
+def test_the_interval_of_drops_between_holds_the_true_one() -> None:
+    rng = np.random.default_rng(1)
+    drops = rng.beta(2, 2, size=(4000, 20)) - rng.beta(2, 2.5, size=(4000, 20))
+    true = 2 / 4 - 2 / 4.5
+    assert np.mean([i.low <= true <= i.high for i in map(paired_interval, drops)]) >= 0.94
 
 
 QUESTIONS = (
