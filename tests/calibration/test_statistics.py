@@ -12,7 +12,7 @@ from tiny_models import theirs, tiny_source
 
 from calibration import statistics
 from calibration.samples import Provenance, Samples
-from calibration.statistics import Statistics, gather
+from calibration.statistics import Statistics, Without, gather
 from lilliput.errors import CalibrationError
 from lilliput.families import gemma3, llama
 from lilliput.model import SourceModel, role_of
@@ -95,3 +95,23 @@ def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_statistics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="no readable statistics"):
         Statistics(tmp_path)
+
+
+def test_statistics_without_some_samples_are_those_of_the_others(tmp_path: Path) -> None:
+    source = tiny_source(tmp_path, "llama")
+    samples = random_samples(source)
+
+    def part(rows: slice, name: str) -> Statistics:
+        tokens = samples.tokens[rows]
+        provenance = replace(samples.provenance, count=len(tokens))
+        return gather(source, replace(samples, tokens=tokens, provenance=provenance), tmp_path / name)
+
+    every, some, others = part(slice(0, 6), "every"), part(slice(0, 2), "some"), part(slice(2, 6), "others")
+    found = Without(every, some)
+    assert set(found) == set(others)
+    for name, expected in others.items():
+        scale = np.abs(expected.second_moments).max()
+        assert np.allclose(found[name].second_moments, expected.second_moments, atol=1e-5 * scale), name
+        assert found[name].count == expected.count
+    alone = Without(every, every)["layers.0.mlp.up"]
+    assert np.array_equal(alone.second_moments, every["layers.0.mlp.up"].second_moments)
