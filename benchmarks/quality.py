@@ -1,6 +1,6 @@
 """What our files lose beside those of each runtime's own quantizers, at equal file bytes, on two texts.
 
-    python -m benchmarks.quality [--only gguf|onnx|litert] [--chunks N] [--out out/bench] [--workers N]
+    python -m benchmarks.quality [--only gguf|onnx|litert] [--chunks N] [--out out/bench] [--workers N] [--model SOURCE]
 
     gguf     llama-quantize's types, plain and with an importance matrix     peer_gguf.py, in llama.cpp
     onnx     ONNX Runtime's 4-bit quantizers on our graph                    peer_onnx.py, in ONNX Runtime
@@ -13,7 +13,8 @@ docstrings of the standard library. The float model is the one that all files ar
 A limit holds the mean KLD of one of our files against a number, or against a share of the best peer's. Peers of fewer
 bytes than ours do not count: where all of them are smaller the verdict is BIGGER. Bytes are those of the files that
 the runtime loads. The source was a Q4_1 file: float zero points (HQQ's) hold its linears almost without loss, which
-says nothing of a model that was not quantized before. Files are made once (peers.py, the store), figures are kept.
+says nothing of a model that was not quantized before: `--model` takes one whose channels are shuffled
+(benchmarks.shuffled), so that no grid is the source's. Files are made once (peers.py, the store), figures are kept.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 where every limit holds, else 1: also where one of our files could not be made."""
     options = _parser().parse_args(arguments)
     out: Path = options.out.resolve()
-    quality = measure(options.only or PARTS, out, options.chunks, options.workers)
+    quality = measure(options.only or PARTS, out, options.chunks, options.workers, options.model)
     (out / "quality.json").write_text(quality.model_dump_json(indent=2) + "\n")
     text = markdown(quality)
     (out / "quality.md").write_text(text)
@@ -134,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--model", default=peers.SOURCE, help="the source; also a folder by benchmarks.shuffled")
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--chunks", type=int, default=CHUNKS, help="of 512 tokens, of each text; 22 are all there are")
     parser.add_argument("--workers", type=int, default=machine.usable_cores())
@@ -144,10 +146,12 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int) -> Quality:
+def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int, model: str = peers.SOURCE) -> Quality:
     """Make what is not there, score what is not scored."""
-    folder, ours = out / "peers", Ours()
+    folder, source = out / "peers", [f"model.source={model}"]
+    ours = Ours(source)
     folder.mkdir(parents=True, exist_ok=True)
+    peers.choose_model(folder, model)
     subjects: dict[Part, list[Subject]] = {}
     refused: dict[str, str] = {}
     for part in parts:
@@ -157,7 +161,7 @@ def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int) -> Qual
             subjects[part] += theirs(part, made)
             refused |= failures(made)
         subjects[part] += _ours(ours, part, ours.uniform(f"{part}-"), refused)
-    weighed = Ours(budgets([subject for found in subjects.values() for subject in found]))
+    weighed = Ours(source + budgets([subject for found in subjects.values() for subject in found]))
     for part in parts:
         subjects[part] += _ours(weighed, part, weighed.mixed(f"{part}-"), refused)
     judges = [ours.judge(text, chunks) for text in EVALUATION_TEXTS]
