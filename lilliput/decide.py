@@ -16,10 +16,10 @@ from lilliput import pipeline, report
 from lilliput.errors import InputError
 from lilliput.escalation import ACCURACY
 from lilliput.recipe_schema import Evaluation
+from lilliput.report_table import SLICE_GATE
 from lilliput.run import Plan, Run, Watcher
 
 Watch = Callable[[Plan], AbstractContextManager[Watcher]]
-SLICE = "slice_drop "  # what the name of a slice's gate begins with
 
 
 def run(plan: Plan, watch: Watch) -> Run:
@@ -62,7 +62,7 @@ def _open(done: Run) -> Iterator[str]:
 
 
 def _open_slices(done: Run) -> Iterator[str]:
-    return (name.removeprefix(SLICE) for name in _open(done) if name.startswith(SLICE))
+    return (name.removeprefix(SLICE_GATE) for name in _open(done) if name.startswith(SLICE_GATE))
 
 
 def _used_up(done: Run) -> Iterator[str]:

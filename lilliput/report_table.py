@@ -16,6 +16,7 @@ COLUMNS = ("target", "verdict", "size", "decode", "prefill", "TTFT", "peak RSS",
 
 TRIED_COLUMNS = ("rung", "target", "time", "mean KLD", "size", "verdict")
 LEAST_SHOWN = 0.005
+SLICE_GATE = "slice_drop "  # what the name of a slice's gate begins with
 
 RUNGS: tuple[RungName, ...] = ("dequantized", "read_back", "exact", "shipped")
 
@@ -32,8 +33,17 @@ def headline(report: Report) -> str:
 
 
 def reasons(target: TargetResult) -> list[str]:
-    """Why a target does not pass: each gate in question, and the rung where its loss is."""
-    return [reason(target, gate) for gate in target.gates if gate.verdict != "PASS"]
+    """Why a target does not pass: each gate in question, and the rung where its loss is; open slices in one line."""
+    found = [gate for gate in target.gates if gate.verdict != "PASS"]
+    still = [gate for gate in found if gate.verdict == "INCONCLUSIVE" and gate.name.startswith(SLICE_GATE)]
+    lines = [reason(target, gate) for gate in found if len(still) < 2 or gate not in still]
+    if len(still) > 1:
+        names = ", ".join(gate.name.removeprefix(SLICE_GATE) for gate in still)
+        lines.append(
+            f"{SLICE_GATE.strip()} of {len(still)} slices is open, wanted {figures.limit(still[0])}: their intervals "
+            f"hold the limit, ask more ({names})"
+        )
+    return lines
 
 
 def reason(target: TargetResult, gate: GateResult) -> str:

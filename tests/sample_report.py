@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lilliput.allocated import Allocation, Choice
 from lilliput.report import (
     Coverage,
     RecipeFacts,
@@ -12,11 +13,14 @@ from lilliput.report import (
     StepLoss,
     TensorClass,
     TextFacts,
+    TriedRung,
+    TriedTarget,
 )
 from lilliput.results import (
     Accuracy,
     ArtifactFigures,
     DepthLatency,
+    Example,
     GateResult,
     Generation,
     Host,
@@ -24,6 +28,8 @@ from lilliput.results import (
     Latency,
     Memory,
     Rung,
+    SliceFigures,
+    SuiteFigures,
     TargetResult,
     Verdict,
     worst,
@@ -226,3 +232,56 @@ def report(*targets: TargetResult) -> Report:
         notes=("61 vectors stay in float32: norms", "energy: this machine has no counter"),
         created="2026-11-21T10:00:00Z",
     )
+
+
+SLICES = ("instructions", "json", "json, parses", "classification", "retrieval at 90 %", "Arabic", "Chinese")
+
+
+def answered(target: TargetResult) -> TargetResult:
+    """A target with slices, one of them with an answer that was lost."""
+    lost = Example(
+        id="json-4",
+        prompt='Convert to JSON with the keys "item" and "price": A book costs 12 dollars.',
+        float_answer='{"item": "book", "price": 12}',
+        answer="A book costs 12 dollars. " * 4 + "averylongwordwithoutanyspace" * 6,
+    )
+    slices = tuple(
+        SliceFigures(
+            name=name, items=12, float_score=0.75, score=0.67, drop=0.08, drop_interval=Interval(low=-0.08, high=0.23),
+            mean_kld=0.11, answer_tokens=300, lost=(lost,) if name == "json" else (),
+        )
+        for name in SLICES
+    )  # fmt: skip
+    gates = tuple(
+        gate(f"slice_drop {name}", "max", 0.2, 0.08).model_copy(update={"verdict": "INCONCLUSIVE"}) for name in SLICES
+    )
+    suites = SuiteFigures(slices=slices, float_calibration_error=0.11, calibration_error=0.14)
+    return target.model_copy(
+        update={"suites": suites, "gates": (*target.gates, *gates), "verdict": worst([target.verdict, "INCONCLUSIVE"])}
+    )
+
+
+def full() -> Report:
+    """With answers, an allocation and an escalation as well."""
+    made = report(answered(passing()), failing(), answered(inconclusive()))
+    tried = tuple(
+        TriedTarget(name=name, verdict="FAIL", size_bytes=size, mean_kld=kld)
+        for name, size, kld in (("onnx", 90_000_000, 0.31), ("litert", 91_000_000, 0.33))
+    )
+    rung = TriedRung(rung="rtn", what="round to nearest", seconds=90, targets=tried)
+    choices = tuple(
+        Choice(
+            name=f"layers.{layer}.{kind}", grid=grid, weights=331_776, size_bytes=186_624, loss=1e-4,
+        )
+        for layer in range(4)
+        for kind, grid in (("attention.q", "int4-b32"), ("mlp.down", "int8-b32"))
+    )  # fmt: skip
+    allocation = Allocation(target="onnx", limit_bytes=63_000_000, file_bytes=62_900_000, choices=choices)
+    again = StepLoss(
+        match="layers.0.attention.q",
+        grid="int4-b32",
+        step="gptq",
+        relative_error=0.0469,
+        source_grid="int4-b32-min-f16",
+    )
+    return made.model_copy(update={"escalation": (rung,), "allocations": (allocation,), "steps": (*made.steps, again)})

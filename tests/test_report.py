@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree as Xml
 
 import pytest
-from sample_report import failing, inconclusive, ladder, latency, passing, report, target
+from sample_report import answered, failing, inconclusive, ladder, latency, passing, report, target
 
 from lilliput import figures
 from lilliput.errors import ArtifactError, OutputError
@@ -255,6 +255,18 @@ def test_reasons_name_gate_value_limit_and_rung() -> None:
     assert reasons(inconclusive()) == [
         "decode_tokens_per_s is 104 tokens/s, wanted ≥ 100 tokens/s (the host was not at rest)"
     ]
+
+
+def test_open_slices_are_one_reason_and_each_lost_slice_its_own() -> None:
+    made = answered(passing())
+    (line,) = reasons(made)
+    assert line.startswith(
+        "slice_drop of 7 slices is open, wanted ≤ 20 %: their intervals hold the limit, ask more (instr"
+    )
+    lost = tuple(g.model_copy(update={"verdict": "FAIL"}) if g.name == "slice_drop json" else g for g in made.gates)
+    assert len(reasons(made.model_copy(update={"gates": lost}))) == 2
+    two = [g for g in made.gates if not g.name.startswith("slice_drop") or g.name.endswith("json")]
+    assert reasons(made.model_copy(update={"gates": tuple(two)})) == ["slice_drop json is 8.0 %, wanted ≤ 20 %"]
 
 
 def test_headlines() -> None:
