@@ -1,7 +1,8 @@
 """Size × loss × speed in one drawing: down and to the left is better, a larger disc decodes faster.
 
 Targets are filled discs with a number; what was tried on the way (rungs of an escalation) are rings, which have no
-speed. Axes span the figures that there are, with a margin, so that close ones come apart: they do not begin at 0.
+speed. Axes do not begin at 0: they span the figures that there are, with a margin, so that close ones come apart; but
+at least LEAST_SPAN of the largest, so that what hardly differs does not look far apart.
 Lengths are in the drawing's own units, WIDTH by HEIGHT.
 """
 
@@ -18,6 +19,7 @@ WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 30  # room for the axes' words
 LARGEST, SMALLEST, RING = 16.0, 9.0, 4.0  # radii; a number fits into the smallest disc
 MARGIN = 0.18  # of an axis, on both sides
+LEAST_SPAN = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,34 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Tick:
+    """A figure at its place on an axis."""
+
+    text: str
+    at: float
+
+
+@dataclass(frozen=True)
 class Plot:
-    """Dots, and the words at the ends of the axes."""
+    """Dots, and two ticks on each axis."""
 
     dots: tuple[Dot, ...]
-    sizes: tuple[str, str]
-    losses: tuple[str, str]
+    sizes: tuple[Tick, Tick]
+    losses: tuple[Tick, Tick]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """From the figure `low` to `high`, a margin within `start` and `end` of the drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        share = MARGIN + (1 - 2 * MARGIN) * (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
 
 
 @dataclass(frozen=True)
@@ -56,12 +80,22 @@ def plot(report: Report) -> Plot | None:
     points = list(_points(report))
     if len(points) < 2:
         return None
-    sizes, losses = [float(p.size_bytes) for p in points], [p.kld for p in points]
+    across = _axis([float(p.size_bytes) for p in points], LEFT, WIDTH - RIGHT)
+    up = _axis([p.kld for p in points], HEIGHT - BOTTOM, TOP)
     fastest = max((p.speed for p in points if p.speed), default=1.0)
     numbers = iter(range(1, len(points) + 1))
-    dots = [_dot(p, "" if p.speed is None else str(next(numbers)), sizes, losses, fastest) for p in points]
-    ends = (figures.megabytes(round(min(sizes))), figures.megabytes(round(max(sizes))))
-    return Plot(tuple(dots), ends, (figures.number(min(losses)), figures.number(max(losses))))
+    dots = [_dot(p, "" if p.speed is None else str(next(numbers)), across, up, fastest) for p in points]
+    sizes = (Tick(figures.megabytes(round(v)), across.at(v)) for v in (across.low, across.high))
+    losses = (Tick(figures.number(v), up.at(v)) for v in (up.low, up.high))
+    return Plot(tuple(dots), (next(sizes), next(sizes)), (next(losses), next(losses)))
+
+
+def _axis(values: list[float], start: float, end: float) -> _Axis:
+    """Over the values, widened about their middle where they are close, never below 0."""
+    low, high = min(values), max(values)
+    span = max(high - low, LEAST_SPAN * high) or 1.0
+    low = max(0.0, (low + high - span) / 2)
+    return _Axis(low, max(high, low + span), start, end)
 
 
 def _points(report: Report) -> Iterator[_Point]:
@@ -79,22 +113,15 @@ def _points(report: Report) -> Iterator[_Point]:
                 yield _Point(f"{tried.name}, {rung.rung}", tried.size_bytes, tried.mean_kld, None, tried.verdict)
 
 
-def _dot(point: _Point, label: str, sizes: list[float], losses: list[float], fastest: float) -> Dot:
+def _dot(point: _Point, label: str, across: _Axis, up: _Axis, fastest: float) -> Dot:
     loss = f"{figures.megabytes(point.size_bytes)}, KLD {figures.number(point.kld)}"
     share = None if point.speed is None else point.speed / fastest
     return Dot(
         label=label,
         name=point.name,
         text=loss if point.speed is None else f"{loss}, {figures.number(point.speed)} tok/s",
-        x=round(_place(point.size_bytes, sizes, LEFT, WIDTH - RIGHT), 1),
-        y=round(_place(point.kld, losses, HEIGHT - BOTTOM, TOP), 1),
+        x=across.at(point.size_bytes),
+        y=up.at(point.kld),
         radius=RING if share is None else round(max(SMALLEST, LARGEST * share**0.5), 1),
         verdict=point.verdict,
     )
-
-
-def _place(value: float, values: list[float], start: float, end: float) -> float:
-    """From the least at `start` to the most at `end`, both a margin inside; the middle where all are alike."""
-    low, high = min(values), max(values)
-    share = 0.5 if high == low else MARGIN + (1 - 2 * MARGIN) * (value - low) / (high - low)
-    return start + share * (end - start)

@@ -17,7 +17,7 @@ from lilliput.ladder import costliest, guilty, steps
 from lilliput.report import Report, TriedRung, TriedTarget, load, write
 from lilliput.report_junit import junit
 from lilliput.report_page import html
-from lilliput.report_plot import BOTTOM, HEIGHT, LEFT, WIDTH, plot
+from lilliput.report_plot import BOTTOM, HEIGHT, LEFT, WIDTH, Plot, plot
 from lilliput.report_table import headline, markdown, reasons
 from lilliput.results import Rung
 
@@ -333,8 +333,30 @@ def test_the_plot_places_size_loss_and_speed() -> None:
         assert dot.x + dot.radius < WIDTH
         assert dot.y - dot.radius > 0
         assert dot.y + dot.radius < HEIGHT - BOTTOM + 2
+    _ticks_are_where_their_figures_are(found)
     page = html(report(small, large))
     assert page.count("<circle ") == len(found.dots)
+
+
+def _ticks_are_where_their_figures_are(found: Plot) -> None:
+    """Where the figures are far apart, the least and the largest stand at the ticks."""
+    assert {round(dot.x) for dot in found.dots} == {round(tick.at) for tick in found.sizes}
+    assert {round(dot.y) for dot in found.dots} == {round(tick.at) for tick in found.losses}
+
+
+def test_figures_that_hardly_differ_are_drawn_close_together() -> None:
+    first = passing()
+    accuracy = first.accuracy
+    assert accuracy is not None
+    near = accuracy.model_copy(update={"mean_kld": accuracy.mean_kld * 1.01})
+    found = plot(report(first, first.model_copy(update={"name": "near", "accuracy": near})))
+    assert found is not None
+    low, high = (float(tick.text) for tick in found.losses)
+    assert low < accuracy.mean_kld < high
+    assert high - low >= 0.09 * accuracy.mean_kld
+    here, there = found.dots
+    assert 0 < here.y - there.y < 0.15 * (HEIGHT - BOTTOM)
+    assert here.x == there.x
 
 
 def test_what_was_tried_is_a_ring_and_one_point_is_no_plot() -> None:
