@@ -35,6 +35,7 @@ from lilliput.report_table import (
     slice_rows,
     solve_steps,
     tried,
+    weak_line,
 )
 from lilliput.results import TargetResult
 
@@ -101,6 +102,7 @@ def html(report: Report) -> str:
         slices=SLICES,
         slice_rows=slice_rows,
         confidence_line=confidence_line,
+        weak_line=weak_line,
         requantized=requantized(report),
         figures=figures,
     )

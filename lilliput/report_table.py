@@ -149,6 +149,16 @@ def confidence_line(found: SuiteFigures) -> str:
     return f"Expected calibration error of the choices: {ours} (float model {theirs})."
 
 
+def weak_line(found: SuiteFigures) -> str:
+    """The slices of which the float model itself has no more than one item above chance; empty where it has."""
+    names = [s.name for s in found.slices if s.float_score <= s.chance + 1 / s.items]
+    if not names:
+        return ""
+    return (
+        f"The float model itself hardly beats chance in {', '.join(names)}: there the divergence tells, not the score."
+    )
+
+
 def _slices(target: TargetResult) -> Iterator[str]:
     if target.suites is None:
         return
@@ -156,7 +166,7 @@ def _slices(target: TargetResult) -> Iterator[str]:
     yield ""
     yield from _table(SLICES, slice_rows(target.suites))
     yield ""
-    if line := confidence_line(target.suites):
+    for line in filter(None, (confidence_line(target.suites), weak_line(target.suites))):
         yield from (line, "")
 
 

@@ -175,6 +175,7 @@ class SliceFigures(Record):
     drop_interval: Interval  # 95 %, paired, over the items
     mean_kld: float  # nats a token along the float model's answers
     answer_tokens: int
+    chance: float = 0.0  # what guessing among the choices would score
     lost: tuple[Example, ...] = ()  # some that the float model answered right and the artifact wrong
 
 

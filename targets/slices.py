@@ -84,6 +84,7 @@ def _slice(
         drop_interval=paired_interval(drops),
         mean_kld=float((kld * weights).sum() / weights.sum()),
         answer_tokens=int(weights.sum()),
+        chance=float(np.mean([1 / len(c) if len(c := items[i].choices) > 1 else 0.0 for i, _, _ in its])),
         lost=tuple(
             Example(id=items[i].id, prompt=items[i].prompt, float_answer=said(items[i], wanted[i], decode),
                     answer=said(items[i], found[i], decode))

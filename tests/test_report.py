@@ -269,6 +269,20 @@ def test_open_slices_are_one_reason_and_each_lost_slice_its_own() -> None:
     assert reasons(made.model_copy(update={"gates": tuple(two)})) == ["slice_drop json is 8.0 %, wanted ≤ 20 %"]
 
 
+def test_slices_that_the_float_model_cannot_do_are_named() -> None:
+    made = answered(passing())
+    assert made.suites is not None
+    assert "hardly beats chance" not in markdown(report(made))
+    guessed = tuple(
+        s.model_copy(update={"float_score": 0.4, "chance": 1 / 3}) if s.name == "Arabic" else s
+        for s in made.suites.slices
+    )
+    weak = made.model_copy(update={"suites": made.suites.model_copy(update={"slices": guessed})})
+    line = "The float model itself hardly beats chance in Arabic: there the divergence tells, not the score."
+    assert line in markdown(report(weak))
+    assert line in Page(html(report(weak))).text
+
+
 def test_headlines() -> None:
     assert headline(report()) == "1 of 3 targets pass; onnx is inconclusive, litert fails."
     assert headline(report(passing())) == "1 of 1 targets pass, 3 of 3 gates."

@@ -89,7 +89,15 @@ def test_a_slice_says_what_was_lost_with_a_paired_interval_and_an_example() -> N
     assert (found.items, found.float_score, found.score, found.drop) == (8, 1, 0.75, 0.25)
     assert found.drop_interval.low < 0.25 < found.drop_interval.high
     assert found.mean_kld == pytest.approx((6 * 0.1 + 2 * 0.5) / 8)
+    assert found.chance == 0
     assert (found.lost[0].id, found.lost[0].float_answer, found.lost[0].answer) == ("6", "Paris", "is")
+
+
+def test_chance_is_a_guess_among_the_choices() -> None:
+    asked = [item(id="a", choices=["no", "yes"], label="yes"), item(id="b", choices=["a", "b", "c", "d"], label="a")]
+    said = [Answer(choice_log_probabilities=(-1.0,) * len(one.choices), mean_kld=0.1) for one in asked]
+    (found,) = figures(asked, said, said, decode).slices
+    assert found.chance == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
 def test_the_interval_is_agresti_and_mins_and_has_a_width_where_nothing_changed() -> None:
