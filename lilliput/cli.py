@@ -178,6 +178,28 @@ def _check(path: Path, source: str | None, as_json: bool) -> int:
 
 
 @app.command()
+def ladder(
+    path: Annotated[Path, typer.Argument(help="A .onnx, .tflite or .litertlm file, or its folder.")],
+    source: Annotated[str, typer.Option(help="The float model that it was made from.")],
+    tokens: Annotated[int, typer.Option(min=2, help="Positions of a text to run.")] = 64,
+    limit: Annotated[float, typer.Option(min=0, help="Nats a token beyond which a rung is off.")] = 1e-3,
+    processor: Annotated[str | None, typer.Option(help="ONNX: kernels as on this x86 of qemu's, e.g. Haswell.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which rung of any model file lost what, and the first layer and operator that diverges where one is off.
+
+    Exit code: 0 no rung is off, 1 one is, 3 one could not be computed.
+    """
+    from lilliput import checks, file_ladder, terminal
+    from lilliput.terminal_progress import Countdown
+
+    with checks.open_source(source) as opened, Countdown("ladder") as progress:
+        found = file_ladder.climb(path, opened, file_ladder.text(opened, tokens), limit, processor, progress)
+    typer.echo(found.model_dump_json(indent=2)) if as_json else terminal.show_file_ladder(found)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def network(
     source: Annotated[str, typer.Argument(help="An encoder's folder, package:NAME/FILE, or a .pt2 of torch.export.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],

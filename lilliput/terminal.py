@@ -24,6 +24,7 @@ from lilliput.checks.base import Checked
 from lilliput.compare import Comparison, Difference
 from lilliput.doctor import Check
 from lilliput.escalation import Rung
+from lilliput.file_ladder.found import WHO, FileLadder, FileRung
 from lilliput.inspection.found import Inspection
 from lilliput.race import Race
 from lilliput.report import Report, TriedRung
@@ -247,6 +248,50 @@ def show_checked(checked: Checked) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def show_file_ladder(found: FileLadder) -> None:
+    """What each rung loses; of each that is off, who answers for it and where it begins."""
+    out = console()
+    made = table("rung", "step", "from float", "other tokens", "off")
+    for rung in found.rungs:
+        off = "[bold red]off[/]" if rung.off else ""
+        flips = "" if rung.flips is None else f"{rung.flips:.1%}"
+        made.add_row(rung.rung, _nats(rung.step_kld), _nats(rung.mean_kld), flips, off)
+    out.print(made)
+    for rung in found.rungs:
+        for line in _file_rung(rung):
+            out.print(line, markup=False, soft_wrap=True)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
+    names = [rung.rung for rung in found.off]
+    said = f"off: {', '.join(names)}" if names else "no rung is off"
+    out.print(
+        f"{found.path}: {said} (more than {found.limit:g} nats a token over {found.tokens} tokens; "
+        f"{found.runtime}, {found.processor})",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _file_rung(rung: FileRung) -> Iterable[str]:
+    if rung.off:
+        yield f"{rung.rung} is off: {WHO[rung.rung]}"
+    if rung.place is not None:
+        place, first = rung.place, "first" if rung.off else "furthest"
+        behind = f"; before it {place.agrees} agrees" if place.agrees else ""
+        yield (
+            f"{rung.rung}: {first} in {place.layer}, {place.value}, by {place.error:.2g} of its size: {place.operator} "
+            f"{place.node}{behind}"
+        )
+    if rung.unseen:
+        yield f"{rung.rung}: the place cannot be seen: {rung.unseen}"
+    if rung.note:
+        yield f"{rung.rung}: {rung.note}"
 
 
 FINDING_COLOURS = {"better": "green", "worse": "red"}

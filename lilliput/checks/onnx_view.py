@@ -160,6 +160,52 @@ class OnnxFile:
         per_row = unpack(stored.reshape(packed.rows, -1), packed.bits)[:, : packed.n_blocks]
         return per_row.astype(np.float32)
 
+    @cached_property
+    def scaled(self) -> Mapping[str, tuple[str, str]]:
+        """Stored codes that no DequantizeLinear turns into floats → the initializers of scale and zero point ("": 0):
+        right operands (in, out) of integer products, and tables that are gathered before they are dequantized."""
+        found = {}
+        for node in self.nodes:
+            names = self._scaled(node)
+            if names is not None and names[0] in self.initializers and names[1] in self.initializers:
+                found[names[0]] = names[1], names[2]
+        return found
+
+    def _scaled(self, node: NodeProto) -> tuple[str, str, str] | None:
+        given = [*node.input, "", "", "", "", ""]
+        if node.op_type == "MatMulInteger":
+            return given[1], self._scale_behind(node.output[0]), given[3]
+        if node.op_type == "MatMulIntegerToFloat":
+            return given[1], given[3], given[5]
+        if node.op_type == "DynamicQuantizeMatMul":
+            return given[1], given[2], given[3]
+        maker = self.producers.get(given[0]) if node.op_type == "DequantizeLinear" else None
+        if maker is not None and maker.op_type == "Gather":
+            return maker.input[0], given[1], given[2]
+        return None
+
+    def _scale_behind(self, product: str) -> str:
+        """The stored scale that an integer product is multiplied by: product → Cast → Mul by (scale of a) * (scale)."""
+        for node in self.consumers.get(product, ()):
+            if node.op_type == "Cast":
+                return self._scale_behind(node.output[0])
+            if node.op_type == "Mul":
+                other = next((n for n in node.input if n != product), "")
+                maker = self.producers.get(other)
+                names = [other, *(maker.input if maker is not None and maker.op_type == "Mul" else ())]
+                return next((n for n in names if n in self.initializers), "")
+        return ""
+
+    def rescaled(self, codes: str) -> Float:
+        """The numbers of `scaled` codes, in their stored shape; scales, where several, lie along the last axis."""
+        scale, zero = self.scaled[codes]
+        stored = self.array(codes).astype(np.float32)
+        shift = self.array(zero).astype(np.float32) if zero in self.initializers else np.float32(0)
+        try:
+            return np.asarray((stored - shift) * self.array(scale).astype(np.float32), np.float32)
+        except ValueError as error:
+            raise NotCheckedError(f"{codes}: its scales do not fit its shape") from error
+
     def dequantize_linear(self, node: NodeProto) -> Float:
         """The numbers of a DequantizeLinear whose inputs are all stored."""
         parts = [self.array(name) for name in node.input if name]
@@ -209,7 +255,11 @@ def _is_weight(file: OnnxFile, found: TensorFound) -> bool:
     """Not a shape, an index, or a part of another tensor: scales and zero points of a DequantizeLinear."""
     if found.name in {p.codes for p in file.packed}:
         return True
-    dequantized = {name for n in file.nodes if n.op_type == "DequantizeLinear" for name in n.input[:1]}
+    dequantized = {name for n in file.nodes if n.op_type == "DequantizeLinear" for name in n.input[:1]} | set(
+        file.scaled
+    )
+    if found.name in {name for pair in file.scaled.values() for name in pair}:
+        return False
     return found.dtype in ("float", "float16", "double", "bfloat16") or found.name in dequantized
 
 
@@ -221,6 +271,9 @@ def _tensor(file: OnnxFile, found: TensorFound, packed: Packed | None, node: Nod
         return Tensor(found.name, found.role, found.dtype, found.shape, packed.block, read, pair, parts)
     if node is not None:
         read = partial(file.dequantize_linear, node)
+        return Tensor(found.name, found.role, found.dtype, found.shape, 0, read, 0, parts)
+    if found.name in file.scaled:
+        read = partial(file.rescaled, found.name)
         return Tensor(found.name, found.role, found.dtype, found.shape, 0, read, 0, parts)
     return Tensor(found.name, found.role, found.dtype, found.shape, 0, partial(_float, file, found.name), 0, parts)
 

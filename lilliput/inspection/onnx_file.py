@@ -20,7 +20,8 @@ from lilliput.inspection.found import Contents, TensorFound, shortened
 from lilliput.model import Role
 
 GATHERS = frozenset({"Gather", "GatherBlockQuantized"})
-MATMULS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Conv"})
+INTEGER_MATMULS = frozenset({"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
+MATMULS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Conv"}) | INTEGER_MATMULS
 TRANSPARENT = frozenset({"Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "DequantizeLinear", "Identity"})
 PACKED_OPERANDS = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}  # codes, scales, zero points
 DEFAULT_BLOCKS = {"MatMulNBits": 32, "GatherBlockQuantized": 128}
