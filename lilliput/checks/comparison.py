@@ -393,7 +393,8 @@ def _off(values: Float, wanted: Float) -> str:
 
 
 def identify(tensors: tuple[Tensor, ...], source: Source) -> Iterator[Parameter]:
-    """The parameters in a file that names none: each matrix is the source's of the same shape that is most alike.
+    """The parameters in a file that names none: each matrix is the source's of the same width that is most alike, or
+    several of them one below another (q, k and v in one).
 
     Matrices that are stored (in, out), as MatMul takes them, are turned. What is like nothing is left out.
     """
@@ -404,7 +405,20 @@ def identify(tensors: tuple[Tensor, ...], source: Source) -> Iterator[Parameter]
         if values.ndim != 2:
             continue
         for matrix in (values, values.T):
-            name = _recognised(matrix, source, "")
-            if name and source.weights[name].shape == matrix.shape:
-                yield Parameter(name, replace(tensor, paired=0), np.ascontiguousarray(matrix))
+            parts = _stacked(matrix, source)
+            for name, begin, end in parts:
+                yield Parameter(name, replace(tensor, paired=0), np.ascontiguousarray(matrix[begin:end]))
+            if parts:
                 break
+
+
+def _stacked(matrix: Float, source: Source) -> list[tuple[str, int, int]]:
+    """The source's matrices that lie in this one from top to bottom, with their rows; nothing where one is unknown."""
+    shapes, found, begin = source.config.parameter_shapes(), list[tuple[str, int, int]](), 0
+    while begin < len(matrix):
+        name = _recognised(matrix[begin:], source, "")
+        if not name or shapes[name][-1] != matrix.shape[1] or begin + shapes[name][0] > len(matrix):
+            return []
+        found.append((name, begin, begin + shapes[name][0]))
+        begin = found[-1][2]
+    return found

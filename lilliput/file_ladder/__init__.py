@@ -13,7 +13,6 @@ was.
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from lilliput.file_ladder.weights import Held, held
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 from lilliput.progress import Progress, silent
+from targets import machine
 from targets.metrics import divergence, log_softmax
 
 __all__ = ["LIMIT", "FileLadder", "climb", "text"]
@@ -105,7 +105,7 @@ def climb(
             format=on.format,
             source=source.name,
             runtime=", ".join(f"{n} {v}" for n, v in file.runtime_versions.items() if n in RUNTIMES[on.format]),
-            processor=f"{processor}, emulated by qemu" if processor else platform.machine(),
+            processor=f"{processor}, emulated by qemu" if processor else machine.describe("host://").cpu,
             tokens=len(tokens),
             limit=limit,
             rungs=tuple(rungs),
@@ -129,7 +129,11 @@ def _on_ladder(kind: str, path: Path, numbers: Held, scratch: Path, processor: s
         from lilliput.file_ladder.tflite_graph import TfliteLadder
 
         return TfliteLadder(path, numbers.tensors, scratch)
-    raise InputError(f"{path}: a ladder is made of .onnx, .tflite and .litertlm files")
+    if kind == "gguf":
+        from lilliput.file_ladder.gguf_graph import GgufLadder
+
+        return GgufLadder(path, numbers.tensors, scratch)
+    raise InputError(f"{path}: a ladder is made of .onnx, .tflite, .litertlm and .gguf files, which run")
 
 
 def _rungs(

@@ -81,10 +81,14 @@ class OnnxLadder:
         return f"kept as they are: {', '.join(f'{n} {count}' for n, count in sorted(kept.items()))}" if kept else ""
 
     def fitted(self, tokens: Sequence[int]) -> list[int]:
-        return list(tokens)
+        """All, or so many as a graph of fixed length takes, repeated where there are fewer."""
+        names = {t.name for t in self.model.graph.initializer} | set(KNOWN_INPUTS)
+        ids = next(i for i in self.model.graph.input if i.name not in names and not i.name.startswith(onnx_child.PAST))
+        shape = ids.type.tensor_type.shape.dim
+        length = int(shape[1].dim_value) if len(shape) > 1 else 0
+        return list(np.resize(np.asarray(tokens), length).tolist()) if length else list(tokens)
 
-    def seen_with(self, tokens: Sequence[int]) -> list[int]:
-        return list(tokens)
+    seen_with = fitted
 
     def logits(self, rung: RungName, tokens: Sequence[int]) -> Float:
         """(n, vocab) float32 of the last n positions: the first half in one call, then token by token."""

@@ -21,8 +21,10 @@ import clean_artifacts
 import numpy as np
 import onnx
 import pytest
+import tiny_gguf
 import tiny_models
 import torch
+from gguf import GGMLQuantizationType as Type
 
 from lilliput import cli
 from lilliput.checks import source_of
@@ -195,6 +197,29 @@ def test_the_converter_error_of_one_kv_head_is_off_in_the_graph(one_kv_head: tup
     assert place.layer == "layers.0"
     assert place.agrees == "layers.0.attention.k_rotated"
     assert (place.value, place.operator) == ("layers.0.attention.scores", "BATCH_MATMUL")
+
+
+def test_a_wrong_rotary_base_in_a_gguf_file_is_off_in_its_graph(tmp_path: Path) -> None:
+    """What llama.cpp computes from the metadata is shown by its own callback."""
+    folder = tiny_models.tiny_llama(tmp_path / "tiny-llama")
+    other = tiny_models.tiny_llama(tmp_path / "other", rope_theta=300.0)  # of the same weights
+    path = tiny_gguf.write_llama(tmp_path / "base.gguf", other, Type.F16)
+    found = climb(path, source_of(tiny_models.source_of(folder)), TOKENS, limit=EXACT)
+    assert [rung.rung for rung in found.rungs] == ["float", "weights", "graph", "kernels"]
+    place = rung(found, "graph").place
+    assert place is not None
+    assert (place.layer, place.operator, place.value) == ("layers.0", "ROPE", "layers.0.attention.q_rotated")
+
+
+def test_a_sound_gguf_file_has_no_rung_off(tmp_path: Path) -> None:
+    path, source = clean_artifacts.foreign(Type.Q4_0, tmp_path)
+    found = climb(path, source_of(source), TOKENS)
+    assert off(found) == []
+    graph, kernels = rung(found, "graph").step_kld, rung(found, "kernels").step_kld
+    assert graph is not None
+    assert graph < EXACT
+    assert kernels is not None
+    assert kernels > graph
 
 
 @pytest.mark.parametrize("exporter", ["onnx_int4", "litert_int8"])

@@ -1,0 +1,123 @@
+"""A GGUF file on the ladder: its float32 twin, and its runs by llama.cpp in child processes.
+
+    graph      every tensor dequantized to float32, no repacked weights, plain attention, caches in float32
+    kernels    the file as llama.cpp runs it: 8-bit activations, repacked weights, flash attention, caches in float16
+
+The file holds no graph: llama.cpp makes it, and its callback shows every tensor that is computed, by llama.cpp's names
+(Qcur-0, ffn_out-0). There is no rung `arithmetic`: llama.cpp has no second set of kernels to ask for exact sums.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from lilliput import inspection
+from lilliput.checks.gguf_view import GgufFile, open_file
+from lilliput.errors import InputError
+from lilliput.file_ladder import gguf_child
+from lilliput.file_ladder.child import run_child
+from lilliput.file_ladder.found import RungName
+from lilliput.file_ladder.locate import GraphOrder, Operator
+from lilliput.grid import Float
+
+
+@dataclass(eq=False)
+class GgufLadder:
+    """As OnnxLadder."""
+
+    path: Path
+    parameters: Mapping[str, str]
+    scratch: Path
+
+    format = "gguf"
+    rungs: tuple[RungName, ...] = ("graph", "kernels")
+
+    @cached_property
+    def file(self) -> GgufFile:
+        return open_file(inspection.parts(self.path))
+
+    def fitted(self, tokens: Sequence[int]) -> list[int]:
+        longest = self.file.fields.get(f"{self.file.architecture}.context_length")
+        return list(tokens)[: int(longest)] if isinstance(longest, int) else list(tokens)
+
+    seen_with = fitted
+
+    @cached_property
+    def order(self) -> GraphOrder:
+        """The twin's graph, as llama.cpp computes two tokens of it: plain attention shows what is inside."""
+        return self._order(self._run("graph", [0, 0], look=True))
+
+    def note(self, rung: RungName) -> str:
+        return "" if rung == "graph" else "8-bit activations are llama.cpp's own choice: its arithmetic is in this rung"
+
+    def logits(self, rung: RungName, tokens: Sequence[int]) -> Float:
+        return self._run(rung, tokens, look=False)["logits"]
+
+    def values(self, rung: RungName, tokens: Sequence[int]) -> dict[str, Float]:
+        """Every float32 tensor without gaps; of `kernels` none inside flash attention."""
+        found = self._run(rung, tokens, look=True)
+        names = [name for name, _, _ in json.loads(found["graph"].tobytes())]
+        values = {name: found[f"t{i}"] for i, name in enumerate(names)}
+        return {name: value for name, value in values.items() if value.size}
+
+    def _order(self, found: Mapping[str, Float]) -> GraphOrder:
+        operators = []
+        for name, kind, inputs in json.loads(found["graph"].tobytes()):
+            parameter = next((self.parameters[n] for n in inputs if n in self.parameters and "MUL_MAT" in kind), "")
+            if parameter == "embedding":
+                parameter = "head"
+            activations = [n for n in inputs if n not in self.parameters]
+            operators.append(Operator(name, kind, tuple(activations), (name,), parameter))
+        return GraphOrder(tuple(operators), operators[-1].name)
+
+    def _written(self, rung: RungName) -> Path:
+        if rung == "kernels":
+            return self.path
+        path = self.scratch / "graph.gguf"
+        if not path.is_file():
+            self._floats(path)
+        return path
+
+    def _floats(self, path: Path) -> None:
+        """The file with the same metadata and float32 tensors."""
+        writer = gguf.GGUFWriter(path, self.file.architecture)
+        for key, field in self.file.readers[0].fields.items():
+            if key.startswith(("GGUF.", "split.")) or key in ("general.architecture", "general.file_type"):
+                continue
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), kind, inner)
+        for stored in self.file.stored:
+            shape = tuple(int(n) for n in reversed(stored.shape))
+            try:
+                numbers = gguf.quants.dequantize(stored.data, stored.tensor_type)
+            except (NotImplementedError, ValueError) as error:
+                raise InputError(f"{stored.name} ({stored.tensor_type.name}) has no float twin: {error}") from error
+            writer.add_tensor(stored.name, np.ascontiguousarray(numbers, np.float32).reshape(shape))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def _run(self, rung: RungName, tokens: Sequence[int], *, look: bool) -> dict[str, Float]:
+        request, out = self.scratch / "request.json", self.scratch / "out.npz"
+        asked = {
+            "model": str(self._written(rung)),
+            "tokens": list(map(int, tokens)),
+            "first": max(1, len(tokens) // 2),
+            "exact": rung == "graph",
+            "look": look,
+            "out": str(out),
+        }
+        request.write_text(json.dumps(asked))
+        run_child([sys.executable, gguf_child.__file__, str(request)], self.path)
+        with np.load(out) as found:
+            return {name: found[name] for name in found.files}
