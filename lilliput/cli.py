@@ -179,7 +179,7 @@ def _check(path: Path, source: str | None, as_json: bool) -> int:
 
 @app.command()
 def ladder(
-    path: Annotated[Path, typer.Argument(help="A .onnx, .tflite or .litertlm file, or its folder.")],
+    path: Annotated[Path, typer.Argument(help="A .onnx, .tflite, .litertlm or .gguf file, or its folder.")],
     source: Annotated[str, typer.Option(help="The float model that it was made from.")],
     tokens: Annotated[int, typer.Option(min=2, help="Positions of a text to run.")] = 64,
     limit: Annotated[float, typer.Option(min=0, help="Nats a token beyond which a rung is off.")] = 1e-3,

@@ -44,7 +44,11 @@ class FileOnLadder(Protocol):
     """A file of one format: its graph, and runs of it as each rung."""
 
     format: str
-    rungs: tuple[RungName, ...]
+
+    @property
+    def rungs(self) -> tuple[RungName, ...]:
+        """Behind `weights`, in their order."""
+        ...
 
     @property
     def order(self) -> GraphOrder: ...

@@ -4,6 +4,10 @@
     arithmetic    the file on LiteRT's reference kernels: integer products with exact sums, no delegate
     kernels       the file as LiteRT runs it, XNNPACK taking what it takes
 
+LiteRT 2.3's reference kernels compute products with weights in blocks wrongly (nothing of the result is right), so a
+file that has such has no rung `arithmetic`. Where there is one, the two round float activations by different rules:
+symmetrically in the reference, with a zero point a row in XNNPACK.
+
 Every tensor of the first two can be looked at. What XNNPACK runs can be seen where it is an output, so the third is
 opened by a copy of the file in which the products' tensors are outputs too.
 
@@ -25,7 +29,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from lilliput.checks.tflite_view import CACHE, Graph, TfliteFile, open_file
+from lilliput.checks.tflite_view import CACHE, Graph, TfliteFile, block_size, open_file
 from lilliput.errors import InputError
 from lilliput.file_ladder import tflite_child
 from lilliput.file_ladder.child import run_child
@@ -48,11 +52,19 @@ class TfliteLadder:
     scratch: Path
 
     format = "tflite"
-    rungs: tuple[RungName, ...] = ("graph", "arithmetic", "kernels")
 
     @cached_property
     def file(self) -> TfliteFile:
         return open_file(self.path)
+
+    @cached_property
+    def rungs(self) -> tuple[RungName, ...]:
+        return ("graph", "kernels") if self._blocks else ("graph", "arithmetic", "kernels")
+
+    @cached_property
+    def _blocks(self) -> int:
+        """Tensors in blocks."""
+        return sum(bool(block_size(tensor)) for graph in self.file.graphs for tensor in graph.tensors)
 
     def _signature(self, *, looked_into: bool) -> int:
         """The index of the subgraph that is run. Raises InputError where none takes what is known."""
@@ -109,6 +121,8 @@ class TfliteLadder:
         return self.file.content(graph.tensors[index]) is not None
 
     def note(self, rung: RungName) -> str:
+        if rung == "kernels" and self._blocks:
+            return "the arithmetic is in this rung: LiteRT's reference kernels do not compute weights in blocks rightly"
         return ""
 
     def logits(self, rung: RungName, tokens: Sequence[int]) -> Float:

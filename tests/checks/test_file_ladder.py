@@ -231,8 +231,9 @@ def test_our_own_files_have_no_rung_off(exporter: str, tmp_path: Path) -> None:
     assert off(found) == []
     assert found.exit_code == 0
     assert found.notes == ()
-    graph, arithmetic = rung(found, "graph").step_kld, rung(found, "arithmetic").step_kld
+    rounding = "kernels" if exporter == "litert_int8" else "arithmetic"  # weights in blocks, see tflite_graph
+    graph, rounded = rung(found, "graph").step_kld, rung(found, rounding).step_kld
     assert graph is not None
     assert graph < EXACT
-    assert arithmetic is not None
-    assert arithmetic > 0
+    assert rounded is not None
+    assert rounded > graph
