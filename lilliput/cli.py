@@ -183,7 +183,9 @@ def ladder(
     source: Annotated[str, typer.Option(help="The float model that it was made from.")],
     tokens: Annotated[int, typer.Option(min=2, help="Positions of a text to run.")] = 64,
     limit: Annotated[float, typer.Option(min=0, help="Nats a token beyond which a rung is off.")] = 1e-3,
-    processor: Annotated[str | None, typer.Option(help="ONNX: kernels as on this x86 of qemu's, e.g. Haswell.")] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="ONNX: kernels on this one, emulated: Haswell, arm://cortex-a76.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say which rung of any model file lost what, and the first layer and operator that diverges where one is off.

@@ -91,7 +91,7 @@ def climb(
     processor: str | None = None,
     progress: Progress = silent,
 ) -> FileLadder:
-    """The ladder of a file. `processor` is an x86 of qemu's (Haswell), for the rung `kernels` of a .onnx file.
+    """The ladder of a file. `processor`: one that qemu emulates (Haswell, arm://cortex-a76), of a .onnx file alone.
 
     Raises ArtifactError where the file cannot be opened, or does not hold the source's decoder; InputError where its
     inputs are unknown; MissingError where the emulator is not installed.
@@ -123,10 +123,10 @@ RUNTIMES = {"onnx": ("onnxruntime",), "tflite": ("ai-edge-litert",), "gguf": ("l
 
 def _on_ladder(kind: str, path: Path, numbers: Held, scratch: Path, processor: str | None) -> FileOnLadder:
     if kind == "onnx":
-        from lilliput.file_ladder.emulated import command
+        from lilliput.file_ladder.emulated import python
         from lilliput.file_ladder.onnx_graph import OnnxLadder
 
-        return OnnxLadder(path, numbers.tensors, scratch, command(processor) if processor else ())
+        return OnnxLadder(path, numbers.tensors, scratch, python(processor) if processor else ())
     if processor:
         raise InputError(f"{path}: processor {processor!r} is emulated for .onnx files alone")
     if kind == "tflite":

@@ -30,7 +30,7 @@ KNOWN_INPUTS = ("attention_mask", "position_ids")
 @dataclass(eq=False)
 class OnnxLadder:
     """The file, with the parameters that its constants were recognised as: constant → parameter. `scratch` takes twins;
-    `emulated` is a command before Python's that the rung `kernels` runs under."""
+    `emulated` is the Python, on another processor, that runs the rung `kernels`."""
 
     path: Path
     parameters: Mapping[str, str]
@@ -125,8 +125,7 @@ class OnnxLadder:
             "optimize": rung == "kernels", "fetch": list(fetch), "out": str(out),
         }  # fmt: skip
         request.write_text(json.dumps(asked))
-        run_child(
-            [*(self.emulated if rung == "kernels" else ()), sys.executable, onnx_child.__file__, str(request)], path
-        )
+        interpreter = self.emulated if rung == "kernels" and self.emulated else (sys.executable,)
+        run_child([*interpreter, onnx_child.__file__, str(request)], path)
         with np.load(out) as found:
             return {name: found[name] for name in found.files}

@@ -11,7 +11,6 @@ model's.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,18 @@ import onnx
 import pytest
 import tiny_gguf
 import tiny_models
+import tools
 import torch
 from gguf import GGMLQuantizationType as Type
 
 from lilliput import cli
 from lilliput.checks import source_of
 from lilliput.checks.comparison import Source
+from lilliput.errors import LilliputError
 from lilliput.file_ladder import climb
 from lilliput.file_ladder.found import FileLadder, FileRung
+from lilliput.store import default_root
+from targets.devices.arm import root
 
 TOKENS = np.random.default_rng(1).integers(0, tiny_models.VOCAB_SIZE, 24).tolist()
 EXACT = 1e-6  # nats a token: float32 sums in another order
@@ -148,8 +151,7 @@ def test_x86_saturation_is_off_in_the_kernels_of_a_processor_that_saturates(
     foreign: Foreign, eight_bit: Path
 ) -> None:  # fmt: skip
     """ONNX Runtime's own wheel on a processor without VNNI: qemu emulates it. Exact integer sums are Arm's."""
-    if shutil.which("qemu-x86_64") is None:
-        pytest.skip("qemu-x86_64 is not installed (Debian: qemu-user)")
+    tools.needs("qemu-x86_64", "qemu-user")
     found = climb(eight_bit, foreign.source, TOKENS, processor="Haswell")
     assert off(found) == ["arithmetic", "kernels"]
     place = rung(found, "kernels").place
@@ -157,6 +159,20 @@ def test_x86_saturation_is_off_in_the_kernels_of_a_processor_that_saturates(
     assert (place.layer, place.operator) == ("layers.0", "MatMulInteger")
     assert place.error > 1e-2
     assert "Haswell" in found.processor
+
+
+def test_arm_sums_8_bit_products_exactly(foreign: Foreign, eight_bit: Path) -> None:
+    """The same file on an emulated Cortex-A76, by ONNX Runtime's aarch64 wheel."""
+    tools.needs("qemu-aarch64", "qemu-user")
+    try:
+        root.ready(default_root() / "arm64")
+    except LilliputError as error:
+        pytest.skip(str(error))
+    found = climb(eight_bit, foreign.source, TOKENS, processor="arm://cortex-a76")
+    assert off(found) == ["arithmetic"]
+    kernels = rung(found, "kernels").step_kld
+    assert kernels is not None
+    assert kernels < EXACT
 
 
 def test_with_exact_8_bit_products_only_the_arithmetic_is_off(foreign: Foreign, eight_bit: Path) -> None:
