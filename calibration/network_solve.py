@@ -17,7 +17,7 @@ Activations (grids by group, lilliput.network.ties):
 `integer: all` puts every value on a grid, as NPUs ask. `integer: matrices` does so with what linear layers,
 convolutions and matrix products read, and with tables, and leaves the rest in float32: runtimes on CPUs compute norms,
 softmax and sums in float anyway, and a transformer's residual stream, whose few outliers are a hundred times its usual
-values, loses most at 8 bit.
+values, loses most at 8 bit. `integer: products` adds what those operators make, as LiteRT's int8 kernels ask.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from calibration.parallel import in_parallel
 from lilliput import registry
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float, GridSpec, QuantizedTensor, grid
-from lilliput.network import BIASED_OPS, MATRIX_OPS, Network, Operation, QuantizedNetwork
+from lilliput.network import BIASED_OPS, MATRIX_OPS, PRODUCT_OPS, Network, Operation, QuantizedNetwork
 from lilliput.network.ties import Group, groups
 from lilliput.progress import Progress, silent
 
 MARGIN = 16.0
 BIAS_MOST = 1 << 30
 UNIT_OPS = ("softmax", "sigmoid")
+Integer = Literal["all", "products", "matrices"]  # whose values lie on grids
 
 
 class Narrow(BaseModel):
@@ -67,7 +68,7 @@ class Options(BaseModel):
     solver: str = "rtn"
     solver_options: Mapping[str, Any] = Field(default_factory=dict)
     ranges: RangeOptions = RangeOptions(dtype="uint8")
-    integer: Literal["all", "matrices"] = "all"
+    integer: Integer = "all"
     narrow: Narrow | None = None
 
 
@@ -154,16 +155,18 @@ def _sqnr_db(weight: Float, tensor: QuantizedTensor, statistics: InputStatistics
 
 
 def activation_grids(
-    network: Network, statistics: NetworkStatistics, ranges: RangeOptions, integer: Literal["all", "matrices"] = "all"
+    network: Network, statistics: NetworkStatistics, ranges: RangeOptions, integer: Integer = "all"
 ) -> dict[str, ActivationGrid]:
-    """A grid for each float value and each parameter that is an operand; or for those of them that matrices read."""
+    """A grid for each float value and each parameter that is an operand; or for those that matrices read, or make."""
     if ranges.axis is not None:
         raise CalibrationError("static networks want one grid a value: leave axis out")
     norms = {node.inputs[1] for node in network.nodes if node.op == "layer_norm"}
-    multiplied = {name for node in network.nodes for name in _multiplied(node)}
+    wanted = {name for node in network.nodes for name in _multiplied(node)}
+    if integer == "products":
+        wanted |= {node.name for node in network.nodes if node.op in PRODUCT_OPS}
     found: dict[str, ActivationGrid] = {}
     for group in groups(network):
-        if integer == "matrices" and not multiplied.intersection(group.members):
+        if integer != "all" and not wanted.intersection(group.members):
             continue
         alone = group.members[0]
         one = _norm_grid(network, alone) if alone in norms else _grid(network, statistics, group, ranges)

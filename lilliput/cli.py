@@ -208,7 +208,7 @@ def network(
     exporter: Annotated[str, typer.Option(help="`lilliput list network_exporters`.")] = "onnx_qdq",
     runtime: Annotated[str, typer.Option(help="`lilliput list network_runtimes`.")] = "ort_static_cpu",
     activations: Annotated[str, typer.Option(help="uint16, uint8, int16 or int8.")] = "uint16",
-    integer: Annotated[str, typer.Option(help="all, or matrices: the rest stays in float32.")] = "all",
+    integer: Annotated[str, typer.Option(help="all, products or matrices: the rest stays in float32.")] = "all",
     positions: Annotated[int, typer.Option(help="Tokens of an encoder's input.")] = 128,
     samples: Annotated[Path | None, typer.Option(help="A text, or an .npz with an array per input.")] = None,
     min_sqnr: Annotated[float, typer.Option(help="The gate on the loss, in dB.")] = 30.0,

@@ -49,7 +49,7 @@ class Request(BaseModel):
     exporter: str = "onnx_qdq"
     runtime: str = "ort_static_cpu"
     activations: Literal["uint8", "int8", "uint16", "int16"] = "uint16"
-    integer: Literal["all", "matrices"] = "all"
+    integer: network_solve.Integer = "all"
     solver: str = "gptq"
     positions: int = Field(default=128, ge=1)
     samples: Path | None = None

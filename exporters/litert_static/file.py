@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from exporters.litert_int8.flatbuffer import Array, Model, StoredGrid, StoredTensor, read_constants, read_grids
-from exporters.litert_static.lowering import BIAS, IMAGES, Lowering, fusions, int8, int8_codes, norm_vectors
+from exporters.litert_static.in_float import norm_vectors
+from exporters.litert_static.lowering import BIAS, IMAGES, Lowering, fusions, int8, int8_codes
 from lilliput.errors import ExportError
 from lilliput.grid import Float
-from lilliput.network import QuantizedNetwork
+from lilliput.network import BIASED_OPS, QuantizedNetwork
 
 SIGNATURE = "serving_default"
 DTYPES = {"int8": np.int8, "int32": np.int32, "float32": np.float32}
@@ -54,7 +55,7 @@ def read(path: Path) -> Held:
 def _plain(tensor: StoredTensor, grid: StoredGrid | None) -> Array:
     """(out, kh, kw, in) or depthwise (1, kh, kw, out) → (out, in, kh, kw); images (1, H, W, C) → (1, C, H, W)."""
     array = np.frombuffer(tensor.data.tobytes(), DTYPES[tensor.type]).reshape(tensor.shape)
-    if array.ndim != 4:
+    if array.ndim != 4 or tensor.type == "float32":
         return array
     return array.transpose(3, 0, 1, 2) if grid is not None and grid.axis == 3 else array.transpose(0, 3, 1, 2)
 
@@ -73,6 +74,12 @@ def differences(model: QuantizedNetwork, path: Path) -> list[str]:
     return found
 
 
+def floats_read(model: QuantizedNetwork) -> list[str]:
+    """Parameters that operators read in float32, but a layer norm's."""
+    read = {name for node in model.network.nodes if node.op not in BIASED_OPS for name in node.inputs}
+    return sorted(name for name in read & model.network.parameters.keys() if name not in model.activations)
+
+
 Wanted = tuple[str, Array | None, Float | None, int]  # name, codes, scales, zero point
 
 
@@ -87,6 +94,8 @@ def _wanted(model: QuantizedNetwork) -> Iterator[Wanted]:
     for node in nodes:
         if node.name in model.biases and node not in norms:
             yield BIAS.format(node.name), model.biases[node.name], model.bias_scale(node), 0
+    for name in floats_read(model):
+        yield name, model.network.parameters[name], None, 0
     unseen = {*fused, *(node.inputs[1] for node in norms)}  # written clamped, and in float32
     for name, grid in model.activations.items():
         if name not in unseen:

@@ -10,8 +10,7 @@ sides. A PAD of an int8 tensor writes its zero point, which is zero. XNNPACK fol
 A RELU (or CLIP 0..6) whose input nothing else reads and whose input has its own grid is fused into what makes it: the
 output's codes are clamped at its zero point, as the two would be one after the other.
 
-What stays in float32 between DEQUANTIZE and QUANTIZE, for no int8 operator computes it well: layer norms (as in ONNX
-Runtime, between DequantizeLinear and QuantizeLinear), and the cast of an integer mask.
+What stays in float32 between DEQUANTIZE and QUANTIZE: in_float.py.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.litert_int8 import operators as floats
-from exporters.litert_int8.flatbuffer import Array, Graph
+from exporters.litert_int8.flatbuffer import Graph
+from exporters.litert_static import in_float
 from exporters.litert_static import operators as op
 from exporters.litert_static.operators import Int8
 from lilliput.activation_grid import ActivationGrid
@@ -68,8 +68,8 @@ def fusions(model: QuantizedNetwork) -> dict[str, str]:
             and len(model.network.consumers(maker.name)) == 1
             and maker.name not in model.network.outputs
         ):
-            before, after = model.activations[maker.name], model.activations[node.name]
-            if before.same_as(after):
+            before, after = (model.activations.get(name) for name in (maker.name, node.name))
+            if before is not None and after is not None and before.same_as(after):
                 found[maker.name] = node.name
     return found
 
@@ -90,17 +90,23 @@ class Lowering:
             self._input(info.name, info.dtype, info.shape, float_io)
         for node in self.network.nodes:
             lower = self.LOWERED.get(node.op)
-            if lower is None:
+            if lower is None and not in_float.is_in_float(self.model, node):
                 raise ExportError(f"node {node.name!r}: LiteRT has no int8 operator for {node.op!r}")
-            if node.name not in self.fused.values():
+            if node.name in self.fused.values():
+                continue
+            if in_float.is_in_float(self.model, node):
+                self.compute_in_float(node)
+            else:
                 lower(self, node)
         for name in self.network.outputs:
-            tensor = self.value(name)
-            self.graph.output(name, op.dequantized(self.graph, tensor) if float_io else tensor)
+            on_grid = name in self.model.activations and self.network.is_float(name)
+            self.graph.output(name, self.real(name) if float_io and on_grid else self.value(name))
 
     def grid(self, name: str) -> Int8:
         if name not in self.model.activations:
-            raise ExportError(f"{name}: it stays in float32, LiteRT's full int8 wants a grid for every value")
+            raise ExportError(
+                f"{name}: it stays in float32, LiteRT's int8 products want grids: integer products, or all"
+            )
         return int8(name, self.model.activations[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -140,6 +146,24 @@ class Lowering:
             order = TO_NHWC if images else TO_NCHW
             self.tensors[key] = op.transpose(self.graph, self.tensors[name], order, self.grid(name))
         return self.tensors[key]
+
+    def real(self, name: str) -> int:
+        """The float32 tensor of a value or parameter in the network's own order; an integer's own tensor."""
+        if name not in self.model.activations:
+            if name in self.network.parameters:
+                return in_float.constant(self.graph, self.network, name)
+            return self.tensors[name]
+        key = f"{name}/float32"
+        if key not in self.tensors:
+            self.tensors[key] = op.dequantized(self.graph, self.value(name))
+        return self.tensors[key]
+
+    def compute_in_float(self, node: Operation) -> None:
+        read = node.inputs[:1] if node.op == "layer_norm" else node.inputs
+        made = in_float.lower(self.graph, self.model, node, [self.real(name) for name in read])
+        on_grid = node.name in self.model.activations
+        self.tensors[node.name] = op.quantized(self.graph, made, self.grid(node.name), node.name) if on_grid else made
+        self.in_float.append(node.name)
 
     def _constant(self, name: str, images: bool) -> int:
         """A parameter that is an operand: its codes."""
@@ -352,35 +376,9 @@ class Lowering:
         table, indices = node.inputs
         self.move(node, "GATHER", [self.value(table), self.tensors[indices]], self.grid(table), axis=0, batchDims=0)
 
-    def layer_norm(self, node: Operation) -> None:
-        """(x − mean) · rsqrt(variance + eps) · weight + bias in float32, over the last axis."""
-        g, x = self.graph, op.dequantized(self.graph, self.value(node.inputs[0]))
-        centred = floats.binary(g, "SUB", x, floats.mean(g, x))
-        variance = floats.mean(g, floats.binary(g, "MUL", centred, centred))
-        eps = floats.scalar(g, float(node.attributes["eps"]))  # type: ignore[arg-type]
-        factor = floats.unary(g, "RSQRT", floats.binary(g, "ADD", variance, eps))
-        weight, bias = (
-            g.constant(f"{node.name}.{part}", array) for part, array in norm_vectors(self.model, node).items()
-        )
-        y = floats.binary(g, "MUL", floats.binary(g, "MUL", centred, factor), weight)
-        self.tensors[node.name] = op.quantized(g, floats.binary(g, "ADD", y, bias), self.grid(node.name), node.name)
-        self.in_float.append(node.name)
-
-    def cast(self, node: Operation) -> None:
-        made = op.cast(self.graph, self.tensors[node.inputs[0]])
-        self.tensors[node.name] = op.quantized(self.graph, made, self.grid(node.name), node.name)
-
     LOWERED: ClassVar[Mapping[str, Callable[[Lowering, Operation], None]]] = {
         "linear": linear, "conv2d": conv2d, "matmul": matmul, "add": binary, "sub": binary, "mul": binary,
         **dict.fromkeys((name for name in ELEMENTWISE if name != "clip"), elementwise), "clip": clip,
         "softmax": softmax, "reshape": reshape, "transpose": transpose, "slice": part, "concat": concat, "mean": mean,
-        "max_pool2d": max_pool, "avg_pool2d": avg_pool, "embedding": embedding, "layer_norm": layer_norm, "cast": cast,
+        "max_pool2d": max_pool, "avg_pool2d": avg_pool, "embedding": embedding,
     }  # fmt: skip
-
-
-def norm_vectors(model: QuantizedNetwork, node: Operation) -> dict[str, Array]:
-    """Weight and bias of a layer norm as their codes stand for them, float32."""
-    weight, grid = node.inputs[1], model.activations[node.inputs[1]]
-    codes = model.constant(weight).astype(np.int32) - grid.zero_point[0]
-    bias = model.biases[node.name].astype(np.float32) * model.bias_scale(node)
-    return {"weight": codes.astype(np.float32) * grid.scale[0], "bias": bias.astype(np.float32)}

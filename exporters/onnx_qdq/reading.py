@@ -37,6 +37,7 @@ class FileContent:
     """By name: `{weight}.codes`, `{constant}.codes`, `{node}.bias`; and values by their own names."""
 
     stored: Mapping[str, Dequantized]
+    floats: Mapping[str, Array]  # float32 initializers by name: among them parameters that have no grid
     values: Mapping[str, tuple[Dequantized, ...]]  # every Q and DQ of a value, its copies in other shapes too
 
 
@@ -57,7 +58,8 @@ def read(path: Path) -> FileContent:
             stored[node.input[0]] = found
         else:
             values.setdefault(node.name.rpartition("/")[0], []).append(found)
-    return FileContent(stored, {name: tuple(parts) for name, parts in values.items()})
+    floats = {name: array for name, array in arrays.items() if array.dtype == np.float32}
+    return FileContent(stored, floats, {name: tuple(parts) for name, parts in values.items()})
 
 
 def _operands(node: NodeProto, arrays: Mapping[str, Array]) -> Dequantized:
@@ -76,6 +78,9 @@ def differences(model: QuantizedNetwork, content: FileContent) -> list[str]:
         if node.name in model.biases:
             scale = model.bias_scale(node)
             found += _unequal(f"{node.name}: bias", content, f"{node.name}.bias", model.biases[node.name], scale, None)
+    for name in sorted(_in_float(model)):
+        if not np.array_equal(content.floats.get(name, ()), model.network.parameters[name]):
+            found.append(f"{name}: other numbers")
     for name, grid in model.activations.items():
         if name in model.network.parameters:
             found += _unequal(name, content, f"{name}.codes", model.constant(name), grid.scale, grid.zero_point)
@@ -83,6 +88,12 @@ def differences(model: QuantizedNetwork, content: FileContent) -> list[str]:
         if any(not _holds(part, grid) for part in content.values.get(name, ())):
             found.append(f"{name}: another grid")
     return found
+
+
+def _in_float(model: QuantizedNetwork) -> set[str]:
+    """Parameters that stay in float32."""
+    rounded = {node.inputs[2] for node in model.network.nodes if node.name in model.biases}
+    return model.network.parameters.keys() - model.weights.keys() - model.activations.keys() - rounded
 
 
 def _holds(part: Dequantized, grid: ActivationGrid) -> bool:

@@ -44,6 +44,7 @@ from lilliput.model import TensorInfo
 Attribute = int | float | tuple[int, ...]
 
 MATRIX_OPS = ("linear", "conv2d")  # whose second input is a weight on a grid
+PRODUCT_OPS = (*MATRIX_OPS, "matmul")
 BIASED_OPS = (*MATRIX_OPS, "layer_norm")  # whose third input is an int32 bias
 SHAPE_OPS = ("reshape", "transpose", "slice")  # which move values and change none
 OPS = (

@@ -1,12 +1,14 @@
 """Spam or ham: real mails, MiniLM's embedding of a mail's first tokens, and a small head that is trained here.
 
-    ids, mask (n, length) int32 → MiniLM → hidden (n, length, 384) → mean over real tokens → 64, ReLU → logits (n, 2)
+    ids, mask (n, length) int32 → MiniLM → hidden (n, length, 384) → mean over real tokens → standardized by channel
+    → 64, ReLU → logits (n, 2)
 
-The mean is written as attention with equal scores, softmax(−30 · (1 − mask)) @ hidden, which a static integer runtime
-can hold: the sum of hidden states over up to 128 tokens, and a division, would not fit one 8-bit grid.
+The mean weighs each position by its share, softmax(−30 · (1 − mask)), times the number of positions, and takes the mean
+over all: no division by a count, which a static integer runtime could not hold.
 
 The encoder stays as it is; its embeddings are computed once, a batch of equal length at a time. The head is trained on
-standardized embeddings, and the standardization is then folded into its first matrix.
+standardized embeddings. Standardizing stays an operation of its own: many channels' means are larger than their
+deviations, and in one matrix with the head a static grid would have to hold both.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class SpamClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.encoder = encoder
+        self.center = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
+        self.spread = nn.Parameter(torch.ones(hidden_size), requires_grad=False)  # 1 / deviation
         self.hidden, self.head = nn.Linear(hidden_size, HEAD_WIDTH), nn.Linear(HEAD_WIDTH, len(CLASSES))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -63,12 +67,12 @@ class SpamClassifier(nn.Module):
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(n, hidden): the mean of the last layer over real tokens."""
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        shares = ((1.0 - mask.to(torch.float32)) * MASKED).softmax(-1)
-        pooled: Tensor = (shares[:, None, :] @ states)[:, 0]
+        shares = ((1.0 - mask.to(torch.float32)) * MASKED).softmax(-1) * float(ids.shape[1])
+        pooled: Tensor = (states * shares[:, :, None]).mean(1)
         return pooled
 
     def classify(self, pooled: Tensor) -> Tensor:
-        logits: Tensor = self.head(F.relu(self.hidden(pooled)))
+        logits: Tensor = self.head(F.relu(self.hidden((pooled - self.center) * self.spread)))
         return logits
 
 
@@ -165,15 +169,12 @@ def embeddings(module: SpamClassifier, examples: Examples, progress: Progress) -
 
 def _train_head(module: SpamClassifier, training: Examples, options: Options, progress: Progress) -> None:
     embedded, labels = embeddings(module, training, progress).clone(), torch.from_numpy(training.labels)
-    mean, deviation = embedded.mean(0), embedded.std(0).clamp(min=LEAST_DEVIATION)
-    standard = (embedded - mean) / deviation
+    module.center.copy_(embedded.mean(0))
+    module.spread.copy_(1 / embedded.std(0).clamp(min=LEAST_DEVIATION))
     parameters = [*module.hidden.parameters(), *module.head.parameters()]
     optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay)
     for _ in range(options.steps):
-        loss = F.cross_entropy(module.classify(standard), labels)
+        loss = F.cross_entropy(module.classify(embedded), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    with torch.no_grad():  # W (x − m) / d + b = (W / d) x + (b − (W / d) m)
-        module.hidden.weight.div_(deviation)
-        module.hidden.bias.sub_(module.hidden.weight @ mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibration.clipping import RangeOptions
+from calibration.network_smoothing import Options as SmoothOptions
+from calibration.network_smoothing import smoothed
 from calibration.network_solve import Options as SolveOptions
 from calibration.network_solve import solve
 from calibration.network_statistics import gather
@@ -20,7 +23,7 @@ from exporters.litert_static import NetworkExporter, Options
 from lilliput.artifact import Artifact
 from lilliput.delegation import delegation
 from lilliput.errors import ArtifactError, ExportError, InputError
-from lilliput.network import Network, QuantizedNetwork
+from lilliput.network import PRODUCT_OPS, Network, QuantizedNetwork
 from lilliput.network.run import run_quantized
 from lilliput.network.trace import trace
 from targets.runtimes.litert_static_cpu import NetworkRuntime
@@ -186,3 +189,45 @@ def test_inputs_that_are_not_the_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"inputs are \['picture'\], the file wants \['image'\]"):
         session.run({"picture": batches[0]["image"].numpy()})
     session.close()
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_products_alone_are_int8_and_the_rest_is_float_by_name(smooth: bool, tmp_path: Path) -> None:
+    network, batches = case("encoder")
+    if smooth:
+        network = smoothed(network, batches, SmoothOptions())
+    options = SolveOptions(ranges=RangeOptions(dtype="uint8"), integer="products")
+    model = solve(network, gather(network, batches), options)
+    artifact, notes = EXPORTER.export(model, Options(), tmp_path)
+    assert EXPORTER.differences(model, artifact) == []
+    assert any("attention.output/add" in note and "softmax" in note for note in notes)
+    made = {node.name for node in network.nodes if node.op in PRODUCT_OPS}
+    assert made
+    assert made.isdisjoint(model.in_float)
+    twin = np.concatenate([run_quantized(model, batch)[network.outputs[0]].numpy() for batch in batches])
+    ours, theirs = (outputs(r, artifact, batches) for r in (NetworkRuntime(), TensorflowRuntime()))
+    # the only sums that round otherwise are the products'; what follows in float32 carries a code's difference on
+    for found in (ours, theirs):
+        apart = steps_apart(found, twin, model)
+        assert apart.max() <= 3
+        assert apart.mean() <= 0.5
+    assert steps_apart(ours, theirs, model).max() <= 3
+
+
+def test_products_without_a_grid_are_refused_by_name(tmp_path: Path) -> None:
+    network, batches = case("encoder")
+    model = solve(network, gather(network, batches), SolveOptions(ranges=RangeOptions(), integer="matrices"))
+    with pytest.raises(ExportError, match=r"query/linear: it stays in float32.*integer products, or all"):
+        EXPORTER.export(model, Options(), tmp_path)
+
+
+def test_a_changed_factor_is_seen(tmp_path: Path) -> None:
+    network, batches = case("encoder")
+    network = smoothed(network, batches, SmoothOptions())
+    options = SolveOptions(ranges=RangeOptions(dtype="uint8"), integer="products")
+    model = solve(network, gather(network, batches), options)
+    artifact = written(model, tmp_path)
+    name = next(name for name in network.parameters if name.endswith("/restored.factors"))
+    other = {**network.parameters, name: network.parameters[name] * np.float32(1.5)}
+    changed = replace(model, network=replace(network, parameters=other))
+    assert EXPORTER.differences(changed, artifact) == [f"{name}: other codes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_matrices_alone_leave_the_rest_in_float_by_name(tmp_path: Path) -> None:
         torch.testing.assert_close(
             torch.from_numpy(session.run(numpy(batch))[name]), run_quantized(model, batch)[name], atol=0.02, rtol=0
         )
+
+
+def test_a_changed_number_in_float_is_seen(tmp_path: Path) -> None:
+    model = solved("encoder", "uint8", integer="products")
+    artifact = export(model, tmp_path)
+    assert NetworkExporter().differences(model, artifact) == []
+    name = next(n.inputs[1] for n in model.network.nodes if n.op == "layer_norm")
+    other = {**model.network.parameters, name: model.network.parameters[name] * np.float32(1.5)}
+    changed = replace(model, network=replace(model.network, parameters=other))
+    assert NetworkExporter().differences(changed, artifact) == [f"{name}: other numbers"]
 
 
 def test_a_relu_on_its_grid_is_no_node(tmp_path: Path) -> None:
