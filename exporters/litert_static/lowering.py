@@ -89,13 +89,13 @@ class Lowering:
         for info in self.network.inputs:
             self._input(info.name, info.dtype, info.shape, float_io)
         for node in self.network.nodes:
-            lower = self.LOWERED.get(node.op)
-            if lower is None and not in_float.is_in_float(self.model, node):
-                raise ExportError(f"node {node.name!r}: LiteRT has no int8 operator for {node.op!r}")
             if node.name in self.fused.values():
                 continue
+            lower = self.LOWERED.get(node.op)
             if in_float.is_in_float(self.model, node):
                 self.compute_in_float(node)
+            elif lower is None:
+                raise ExportError(f"node {node.name!r}: LiteRT has no int8 operator for {node.op!r}")
             else:
                 lower(self, node)
         for name in self.network.outputs:

@@ -217,7 +217,7 @@ def test_products_alone_are_int8_and_the_rest_is_float_by_name(smooth: bool, tmp
 def test_products_without_a_grid_are_refused_by_name(tmp_path: Path) -> None:
     network, batches = case("encoder")
     model = solve(network, gather(network, batches), SolveOptions(ranges=RangeOptions(), integer="matrices"))
-    with pytest.raises(ExportError, match=r"query/linear: it stays in float32.*integer products, or all"):
+    with pytest.raises(ExportError, match=r"self/matmul: it stays in float32.*integer products, or all"):
         EXPORTER.export(model, Options(), tmp_path)
 
 
