@@ -27,8 +27,10 @@ from lilliput.suites.words import (
     NUMBERS,
     OPPOSITES,
     PLURALS,
+    REVIEW,
     SENTENCES,
     THINGS,
+    TOPIC,
     TOPICS,
     WORDS,
     Language,
@@ -70,7 +72,7 @@ def _sum(text: str, *operands: int, result: int) -> Fields:
     """A question, or nothing where its answer is one of its own numbers: saying that again would be right."""
     if result in operands:
         return {}
-    return {"prompt": f"{text} Give the number.", "regex": _number(result), "max_tokens": 64}
+    return {"prompt": f"{text} Give the number.", "regex": _number(result), "max_tokens": 96}
 
 
 def _apples(draw: Draw) -> Fields:
@@ -161,21 +163,16 @@ def _call(draw: Draw) -> Fields:
     return {"prompt": f"You can call {function}({argument}). {CALL} {said}", "schema": schema, "max_tokens": 64}
 
 
-def _choice(question: str, text: str, choices: tuple[str, ...], label: str) -> Fields:
-    prompt = f"{question}\n\nText: {text}\n\nAnswer with one of these words: {', '.join(choices)}."
-    return {"prompt": prompt, "choices": choices, "label": label, "max_tokens": 8}
-
-
 def _review(draw: Draw) -> Fields:
     label, thing = draw.choice(("positive", "negative")), draw.choice(THINGS)
     first, second = draw.sample(ADJECTIVES[label], 2)
-    text = f"The {thing} is {first} and {second}."
-    return _choice("Is this review positive or negative?", text, ("positive", "negative"), label)
+    text = REVIEW.format(f"The {thing} is {first} and {second}.")
+    return {"prompt": text, "choices": ("positive", "negative"), "label": label, "raw": True}
 
 
 def _topic(draw: Draw) -> Fields:
     label = draw.choice(tuple(TOPICS))
-    return _choice("What is this sentence about?", draw.choice(TOPICS[label]), tuple(TOPICS), label)
+    return {"prompt": TOPIC.format(draw.choice(TOPICS[label])), "choices": tuple(TOPICS), "label": label, "raw": True}
 
 
 def _capitals(draw: Draw) -> Fields:

@@ -37,6 +37,27 @@ SENTENCES = (
     "Nobody saw the {colour} {thing} yesterday",
     "My sister sold her {colour} {thing}",
 )
+REVIEW = """\
+Review: I enjoyed every minute.
+Sentiment: positive
+
+Review: A terrible waste of time.
+Sentiment: negative
+
+Review: {}
+Sentiment:"""
+TOPIC = """\
+Sentence: The runner broke the record.
+Topic: sport
+
+Sentence: The mayor lost the vote.
+Topic: politics
+
+Sentence: The cell divides in two.
+Topic: science
+
+Sentence: {}
+Topic:"""
 ADJECTIVES = {
     "positive": ("wonderful", "very good", "beautiful", "excellent", "a joy to use", "perfect"),
     "negative": ("terrible", "very bad", "ugly", "useless", "a waste of money", "broken"),
