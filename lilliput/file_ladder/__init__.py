@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lilliput.checks import opened
+from lilliput.checks import DAMAGES, opened
 from lilliput.checks.base import NotCheckedError
 from lilliput.checks.comparison import Source
 from lilliput.errors import ArtifactError, InputError, LilliputError
@@ -101,6 +101,9 @@ def climb(
             numbers = held(file, source)
         except NotCheckedError as error:
             raise ArtifactError(f"{path}: its weights cannot be read ({error})") from error
+        except DAMAGES as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ArtifactError(f"{path}: is damaged, or unlike what is known ({what}): export it again") from error
         on = _on_ladder(file.format, file.path, numbers, Path(folder), processor)
         tokens = on.fitted(tokens)
         rungs = _rungs(on, numbers, source, tokens, limit, progress)

@@ -29,7 +29,7 @@ from gguf import GGMLQuantizationType as Type
 from lilliput import cli
 from lilliput.checks import source_of
 from lilliput.checks.comparison import Source
-from lilliput.errors import LilliputError
+from lilliput.errors import InputError, LilliputError
 from lilliput.file_ladder import climb
 from lilliput.file_ladder.found import FileLadder, FileRung
 from lilliput.store import default_root
@@ -159,6 +159,19 @@ def test_x86_saturation_is_off_in_the_kernels_of_a_processor_that_saturates(
     assert (place.layer, place.operator) == ("layers.0", "MatMulInteger")
     assert place.error > 1e-2
     assert "Haswell" in found.processor
+
+
+def test_what_cannot_be_run_is_refused_by_name(foreign: Foreign, tmp_path: Path) -> None:
+    tools.needs("qemu-x86_64", "qemu-user")
+    with pytest.raises(InputError, match=r"'Haswel'.*did you mean 'Haswell'"):
+        climb(foreign.path, foreign.source, TOKENS, processor="Haswel")
+    model = onnx.load(foreign.path)
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "scores"
+    onnx.save(model, tmp_path / "scores.onnx")
+    with pytest.raises(InputError, match="no output is called logits"):
+        climb(tmp_path / "scores.onnx", foreign.source, TOKENS)
+    with pytest.raises(InputError, match=r"which run"):
+        climb(foreign.source.tokenizer / "model.safetensors", foreign.source, TOKENS)
 
 
 def test_arm_sums_8_bit_products_exactly(foreign: Foreign, eight_bit: Path) -> None:
