@@ -22,6 +22,9 @@ Where a norm stands between o or down and the residual (Gemma), R is left out. T
 float stay as they are; so do those that `match` leaves out, but what they read is the student's. A model whose solve
 folded factors into its matrices (AWQ, SmoothQuant) is refused: its inputs are not the float model's.
 
+On SmolLM2-135M at int4-b32 with 188 samples of 512 tokens, the KLD on other text of two kinds fell from 0.068 and 0.069
+(GPTQ) to 0.035 and 0.043 (python -m benchmarks.qat).
+
 Memory: both models, and four hidden states and one inner activation of attention for all samples, (n, length, hidden)
 float32. Cost: five passes' products over the samples, and one GPTQ solve.
 """
