@@ -148,7 +148,7 @@ def _say(line: str) -> None:
 
 def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int, model: str = peers.SOURCE) -> Quality:
     """Make what is not there, score what is not scored."""
-    folder, source = out / "peers", [f"model.source={model}"]
+    folder, source = out / "peers", [] if model == peers.SOURCE else [f"model.source={model}"]
     ours = Ours(source)
     folder.mkdir(parents=True, exist_ok=True)
     peers.choose_model(folder, model)
