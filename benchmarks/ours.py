@@ -1,7 +1,7 @@
 """Our files, and what all files are held against, made as a recipe's run makes them: by the stages of the pipeline.
 
-The recipe is benchmarks/quality.yaml. Its stages up to `export` are done, the validation is left out: the benchmark
-scores our files and the peers' in one way. What is in the store is not made again.
+The recipe is benchmarks/quality.yaml, or another that is given. Its stages up to `export` are done, the validation is
+left out: the benchmark scores our files and the peers' in one way. What is in the store is not made again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.subjects import CONTEXT
+from benchmarks.subjects import CONTEXT, Subject
 from calibration.statistics import Statistics
 from lilliput import graph, pipeline, planning
 from lilliput import recipe as recipes
+from lilliput.artifact import Artifact
 from lilliput.model import SourceModel
 from lilliput.recipe_schema import Budget, Recipe, Target
 from lilliput.store import Store, default_root
@@ -40,8 +41,8 @@ class Judge:
 class Ours:
     """The recipe's stages, each done when it is asked for."""
 
-    def __init__(self, overrides: Sequence[str] = ()) -> None:
-        self._recipe = _ready(recipes.load(str(RECIPE), [f"context={CONTEXT}", *overrides]))
+    def __init__(self, overrides: Sequence[str] = (), recipe: Recipe | None = None) -> None:
+        self._recipe = recipe or _ready(recipes.load(str(RECIPE), [f"context={CONTEXT}", *overrides]))
         self._sha256 = planning.source_sha256(self._recipe.model)
         self._work = pipeline.Work(Store(default_root()), pipeline.Quiet(), fresh=False)
         self._graph = self._build(self._recipe)
@@ -76,10 +77,22 @@ class Ours:
 
     def file(self, target: str) -> Path:
         """The main file of a target."""
+        return self.artifact(target).path
+
+    def artifact(self, target: str) -> Artifact:
         from lilliput.stages.export import open_artifact
 
         found = next(stages for stages in self._graph.targets if stages.target.name == target)
-        return open_artifact(self._work.folder(found.export)).path
+        return open_artifact(self._work.folder(found.export))
+
+    def subject(self, target: str, name: str) -> Subject:
+        """A target's file on the target's runtime, as the benchmark calls it."""
+        artifact = self.artifact(target)
+        runtime = next(t.runtime.name for t in self._recipe.targets if t.name == target)
+        return Subject(
+            name=name, maker="ours", driver=runtime, path=artifact.path, context=artifact.context,
+            prefill=artifact.prefill,
+        )  # fmt: skip
 
 
 def _ready(recipe: Recipe) -> Recipe:

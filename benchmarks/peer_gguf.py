@@ -62,11 +62,15 @@ def quantize(
         raise RuntimeError(f"llama_model_quantize of {source} to {kind} ended with status {status}: {last_log()}")
 
 
-def make(model: SourceModel, statistics: Statistics, folder: Path) -> None:
-    """{type}.gguf and {type}-imatrix.gguf for all TYPES."""
-    floats, matrix = folder / "float.gguf", importance(model.config, statistics)
+def make(
+    model: SourceModel, statistics: Statistics | None, folder: Path, types: tuple[str, ...] = TYPES
+) -> None:  # fmt: skip
+    """{type}.gguf for all types, and {type}-imatrix.gguf where there are statistics."""
+    floats = folder / "float.gguf"
     write_float(model, floats)
-    for kind in TYPES:
+    matrix = importance(model.config, statistics) if statistics else None
+    for kind in types:
         quantize(floats, folder / f"{kind}.gguf", kind)
-        quantize(floats, folder / f"{kind}-imatrix.gguf", kind, matrix)
+        if matrix:
+            quantize(floats, folder / f"{kind}-imatrix.gguf", kind, matrix)
     floats.unlink()

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
-from benchmarks.subjects import CONTEXT
+from benchmarks.subjects import CONTEXT, PREFILL
 
-PREFILL = 128  # as in the recipe that our files are made by
 MASKED = -1e4
 
 

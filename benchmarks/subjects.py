@@ -14,11 +14,12 @@ from targets.base import Session
 # From the environment, so that the processes that make and measure files see the same.
 CONTEXT = int(os.environ.get("BENCH_CONTEXT", "512"))
 PROMPT_TOKENS = int(os.environ.get("BENCH_PROMPT", "256"))
-DRIVERS = ("llamacpp_cpu", "ort_cpu", "litert_cpu", "optimum_onnx")
+PREFILL = 128  # chunk of LiteRT's files, as in the ready recipes
+DRIVERS = ("llamacpp_cpu", "ort_cpu", "litert_cpu", "optimum_onnx", "genai_onnx")
 
 
 class Subject(Record):
-    """`driver` is one of Lilliput's runtimes, or the session for optimum's graphs. Paths are absolute.
+    """`driver` is one of Lilliput's runtimes, or the session for a peer's graphs. Paths are absolute.
 
     `twin` is a file of the same numbers that is scored in its place, where the file itself is too slow for that.
     """
@@ -46,9 +47,8 @@ class Subject(Record):
 
     @property
     def runtime(self) -> str:
-        return {"llamacpp_cpu": "llama.cpp", "ort_cpu": "ONNX Runtime", "optimum_onnx": "ONNX Runtime"}.get(
-            self.driver, "LiteRT"
-        )
+        names = {"llamacpp_cpu": "llama.cpp", "litert_cpu": "LiteRT"}
+        return names.get(self.driver, "ONNX Runtime")
 
 
 def open_session(subject: Subject, threads: int) -> Session:
@@ -57,6 +57,10 @@ def open_session(subject: Subject, threads: int) -> Session:
         from benchmarks.optimum_session import OptimumSession
 
         return OptimumSession(subject.path, threads)
+    if subject.driver == "genai_onnx":
+        from benchmarks.genai_session import GenaiSession
+
+        return GenaiSession(subject.path, subject.context, threads)
     from lilliput import registry
 
     runtime = registry.load("runtimes", subject.driver)()

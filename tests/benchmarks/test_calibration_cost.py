@@ -8,7 +8,8 @@ from pathlib import Path
 from tiny_models import tiny_llama
 
 from benchmarks import calibration_cost
-from benchmarks.calibration_cost import Cost, StageCost
+from benchmarks.calibration_cost import Cost
+from benchmarks.cost import StageCost
 from lilliput import source
 
 
