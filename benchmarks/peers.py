@@ -193,9 +193,8 @@ def make_optimum_fp32(folder: Path, destination: Path) -> None:
 def make_genai_int4(folder: Path, destination: Path) -> None:
     from onnxruntime_genai.models import builder
 
-    cache = destination / "cache"
+    cache = destination / "cache"  # for downloads, of which there are none: the builder removes it when it is empty
     builder.create_model("", str(folder / "hf"), str(destination), "int4", "cpu", str(cache), hf_token="false")
-    shutil.rmtree(cache)
 
 
 def make_optimum_int8(folder: Path, destination: Path) -> None:
