@@ -191,7 +191,7 @@ def test_a_recipe_asks_its_suites_of_every_target_and_the_report_shows_them(
     table = "| foxes | 1 | "
     assert table in (tmp_path / "out" / "report.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<td>foxes</td>" in page
+    assert '<td class="who"><b>foxes</b></td>' in page
     assert "Expected calibration error" in page
     again = pipeline.run(pipeline.plan(recipe, out=tmp_path / "out")).report
     assert all(stage.cached for stage in again.stages if stage.name != "report")
