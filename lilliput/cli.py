@@ -192,11 +192,12 @@ def ladder(
 
     Exit code: 0 no rung is off, 1 one is, 3 one could not be computed.
     """
-    from lilliput import checks, file_ladder, terminal
+    from lilliput import checks, terminal
+    from lilliput.file_ladder.climb import climb, text
     from lilliput.terminal_progress import Countdown
 
     with checks.open_source(source) as opened, Countdown("ladder") as progress:
-        found = file_ladder.climb(path, opened, file_ladder.text(opened, tokens), limit, processor, progress)
+        found = climb(path, opened, text(opened, tokens), limit, processor, progress)
     typer.echo(found.model_dump_json(indent=2)) if as_json else terminal.show_file_ladder(found)
     raise typer.Exit(found.exit_code)
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from lilliput.errors import ArtifactError, MeasurementError
+from lilliput.grid import Float
 
 CHILD_S = 1800.0
 
 
-def run_child(command: Sequence[str], what: Path) -> None:
+def answer(command: Sequence[str], request: Mapping[str, object], scratch: Path, what: Path) -> dict[str, Float]:
+    """What the child's script answers to a request, both files in `scratch`: arrays by name."""
+    asked, out = scratch / "request.json", scratch / "out.npz"
+    asked.write_text(json.dumps({**request, "out": str(out)}))
+    _run([*command, str(asked)], what)
+    with np.load(out) as found:
+        return {name: found[name] for name in found.files}
+
+
+def _run(command: Sequence[str], what: Path) -> None:
     """Raises ArtifactError with the child's last line where the runtime refuses the file, MeasurementError where the
     child was killed or hung."""
     packages = sysconfig.get_paths()["purelib"]

@@ -22,8 +22,7 @@ import numpy as np
 from lilliput import inspection
 from lilliput.checks.gguf_view import GgufFile, open_file
 from lilliput.errors import InputError
-from lilliput.file_ladder import gguf_child
-from lilliput.file_ladder.child import run_child
+from lilliput.file_ladder import child, gguf_child
 from lilliput.file_ladder.found import RungName
 from lilliput.file_ladder.locate import GraphOrder, Operator
 from lilliput.grid import Float
@@ -108,16 +107,11 @@ class GgufLadder:
         writer.close()
 
     def _run(self, rung: RungName, tokens: Sequence[int], *, look: bool) -> dict[str, Float]:
-        request, out = self.scratch / "request.json", self.scratch / "out.npz"
         asked = {
             "model": str(self._written(rung)),
             "tokens": list(map(int, tokens)),
             "first": max(1, len(tokens) // 2),
             "exact": rung == "graph",
             "look": look,
-            "out": str(out),
         }
-        request.write_text(json.dumps(asked))
-        run_child([sys.executable, gguf_child.__file__, str(request)], self.path)
-        with np.load(out) as found:
-            return {name: found[name] for name in found.files}
+        return child.answer([sys.executable, gguf_child.__file__], asked, self.scratch, self.path)

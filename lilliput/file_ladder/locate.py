@@ -14,7 +14,8 @@ between, the first value of the decoder that a tensor has the size of, and none 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -45,10 +46,10 @@ class GraphOrder:
 
     operators: tuple[Operator, ...]
     result: str
-    makers: dict[str, Operator] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.makers.update({name: operator for operator in self.operators for name in operator.outputs})
+    @cached_property
+    def makers(self) -> dict[str, Operator]:
+        return {name: operator for operator in self.operators for name in operator.outputs}
 
     def ancestors(self, tensors: Sequence[str]) -> set[str]:
         """The names of all tensors that these are computed from, themselves among them."""

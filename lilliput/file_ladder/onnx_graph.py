@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from onnx import helper
 
 from lilliput.checks.onnx_view import place
 from lilliput.errors import InputError
-from lilliput.file_ladder import onnx_child
-from lilliput.file_ladder.child import run_child
+from lilliput.file_ladder import child, onnx_child
 from lilliput.file_ladder.found import RungName
 from lilliput.file_ladder.locate import GraphOrder, Operator
 from lilliput.file_ladder.onnx_twins import Arithmetic, twin
@@ -119,13 +117,9 @@ class OnnxLadder:
         return path
 
     def _run(self, rung: RungName, path: Path, tokens: Sequence[int], fetch: Sequence[str]) -> dict[str, Float]:
-        request, out = self.scratch / "request.json", self.scratch / "out.npz"
         asked = {
             "model": str(path), "tokens": list(map(int, tokens)), "first": max(1, len(tokens) // 2),
-            "optimize": rung == "kernels", "fetch": list(fetch), "out": str(out),
+            "optimize": rung == "kernels", "fetch": list(fetch),
         }  # fmt: skip
-        request.write_text(json.dumps(asked))
         interpreter = self.emulated if rung == "kernels" and self.emulated else (sys.executable,)
-        run_child([*interpreter, onnx_child.__file__, str(request)], path)
-        with np.load(out) as found:
-            return {name: found[name] for name in found.files}
+        return child.answer([*interpreter, onnx_child.__file__], asked, self.scratch, path)

@@ -17,7 +17,6 @@ A signature with caches (LiteRT-LM's names: tokens, input_pos, mask, kv_cache_*)
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from lilliput.checks.tflite_view import CACHE, Graph, TfliteFile, block_size, open_file
 from lilliput.errors import InputError
-from lilliput.file_ladder import tflite_child
-from lilliput.file_ladder.child import run_child
+from lilliput.file_ladder import child, tflite_child
 from lilliput.file_ladder.found import RungName
 from lilliput.file_ladder.locate import GraphOrder, Operator
 from lilliput.grid import Float
@@ -195,7 +193,6 @@ class TfliteLadder:
 
     def _run(self, rung: RungName, path: Path, tokens: Sequence[int], fetch: Sequence[int]) -> dict[str, Float]:
         number = self._signature(looked_into=bool(fetch))
-        request, out = self.scratch / "request.json", self.scratch / "out.npz"
         asked = {
             "model": str(path),
             "tokens": list(map(int, tokens)),
@@ -203,12 +200,8 @@ class TfliteLadder:
             "signature": self.file.graphs[number].name,
             "subgraph": number,
             "fetch": list(fetch),
-            "out": str(out),
         }
-        request.write_text(json.dumps(asked))
-        run_child([sys.executable, tflite_child.__file__, str(request)], path)
-        with np.load(out) as found:
-            return {name: found[name] for name in found.files}
+        return child.answer([sys.executable, tflite_child.__file__], asked, self.scratch, path)
 
 
 def packed(file: TfliteFile) -> bytes:

@@ -30,7 +30,7 @@ from lilliput import cli
 from lilliput.checks import source_of
 from lilliput.checks.comparison import Source
 from lilliput.errors import InputError, LilliputError
-from lilliput.file_ladder import climb
+from lilliput.file_ladder.climb import climb
 from lilliput.file_ladder.found import FileLadder, FileRung
 from lilliput.store import default_root
 from targets.devices.arm import root
