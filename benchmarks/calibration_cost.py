@@ -115,8 +115,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     import torch
 
     from calibration.samples import SampleOptions
+    from lilliput.assignment import parameter_count
     from lilliput.progress import silent
-    from lilliput.recipe_schema import Recipe, parameter_count
+    from lilliput.recipe_schema import Recipe
     from lilliput.source import open_stage
     from lilliput.stages import quantize, samples, statistics
     from targets.machine import usable_cores

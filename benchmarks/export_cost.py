@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(recipe_name: str, out: Path) -> Report:
     from lilliput import recipe as recipes
-    from lilliput.recipe_schema import parameter_count
+    from lilliput.assignment import parameter_count
     from lilliput.source import open_stage
 
     recipe = recipes.load(recipe_name)

@@ -40,11 +40,12 @@ from calibration.solve import provenance_of, solve
 from calibration.statistics import INPUTS, Statistics, Without, gather
 from lilliput import registry
 from lilliput.allocated import Choice, kind_of
+from lilliput.assignment import assign
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float, GridSpec, QuantizedTensor, grid
 from lilliput.model import DecoderConfig, QuantizedModel, Role, SourceModel, role_of
 from lilliput.progress import Progress, silent
-from lilliput.recipe_schema import FLOAT, Plugin, Rule, assign
+from lilliput.recipe_schema import FLOAT, Plugin, Rule
 from lilliput.results import Record
 
 LAYERS = 3  # of the model, whose matrices tell what the solver gains over RTN

@@ -1,6 +1,6 @@
 """Solve a model: every matrix on the grid of its rule, by the rule's solver.
 
-Rules are shell patterns over parameter names, the first that matches wins (lilliput.recipe_schema.assign).
+Rules are shell patterns over parameter names, the first that matches wins (lilliput.assignment.assign).
 Norms, biases and learned positions stay in float, and so does what a rule keeps so; provenance names the
 latter. A tied embedding is one parameter: lookup and head get the same codes.
 
@@ -22,11 +22,12 @@ from calibration.chain import MatrixErrors, errors_of, prepare, steps_of
 from calibration.parallel import in_parallel
 from calibration.statistics import Statistics
 from lilliput import registry
+from lilliput.assignment import assign
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float, QuantizedTensor, grid
 from lilliput.model import QuantizedModel, SolveStep, SourceModel, role_of
 from lilliput.progress import Progress, silent
-from lilliput.recipe_schema import FLOAT, PASSTHROUGH, Rule, assign
+from lilliput.recipe_schema import FLOAT, PASSTHROUGH, Rule
 
 Solve = Callable[[Float, InputStatistics | None], QuantizedTensor]
 

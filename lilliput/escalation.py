@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lilliput import pipeline, planning, report
+from lilliput.assignment import assign
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import Auto, Budget, Recipe, Recover, Rule, RungName, assign, uniform
+from lilliput.recipe_schema import Auto, Budget, Recipe, Recover, Rule, RungName, uniform
 from lilliput.report import TriedRung, TriedTarget
 from lilliput.results import TargetResult
 from lilliput.run import Plan, Run, Watcher

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lilliput.assignment import parameter_count
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import FLOAT, Budget, Recipe, Recover, Rule, parameter_count
+from lilliput.recipe_schema import FLOAT, Budget, Recipe, Recover, Rule
 from lilliput.results import Record
 from lilliput.run import StageKind
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lilliput import __version__
 from lilliput.allocated import Allocation, classes
+from lilliput.assignment import assign, parameter_count
 from lilliput.fingerprint import version
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
 from lilliput.provenance import SHARED_PACKAGES
-from lilliput.recipe_schema import FLOAT, Recipe, Rule, assign, parameter_count
+from lilliput.recipe_schema import FLOAT, Recipe, Rule
 from lilliput.report import RecipeFacts, SourceFacts, StepLoss, TensorClass, TextFacts
 
 FLOAT32_BITS = 32

@@ -16,23 +16,13 @@ from typing import TYPE_CHECKING
 from lilliput import graph as graphs
 from lilliput import output, registry, source_grids
 from lilliput.artifact import sha256
+from lilliput.assignment import assign, parameter_count
 from lilliput.errors import ExportError, MissingPackageError, RecipeError, did_you_mean
 from lilliput.estimate import artifact_bytes, budget_bytes, estimate
 from lilliput.graph import Graph, Stage, TargetStages
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import (
-    FLOAT,
-    MEGA,
-    PASSTHROUGH,
-    Budget,
-    ModelSpec,
-    Recipe,
-    Rule,
-    Target,
-    assign,
-    parameter_count,
-)
+from lilliput.recipe_schema import FLOAT, MEGA, PASSTHROUGH, Budget, ModelSpec, Recipe, Rule, Target
 from lilliput.run import Plan, PlannedStage, PlannedTarget
 from lilliput.stages import validate
 from lilliput.store import Store, default_root

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -56,7 +55,6 @@ from lilliput import registry
 from lilliput.errors import GridError, LilliputError, RecipeError, did_you_mean
 from lilliput.grid import COMMON_GRIDS, GGUF_GRIDS, grid
 from lilliput.listing import entries
-from lilliput.model import DecoderConfig, role_of
 from lilliput.results import Gate
 from lilliput.suites import FIRST as FIRST_ITEMS
 
@@ -271,14 +269,10 @@ class Recover(Strict):
     """
 
     method: Literal["qat", "adapters"] = "qat"
-    steps: int | None = Field(
-        default=None, ge=0
-    )  # DEFAULT_STEPS where no minutes are given either; 0: reconstruct only
+    steps: int | None = Field(default=None, ge=0)  # 0: reconstruct only; DEFAULT_STEPS where no minutes are given too
     minutes: float | None = Field(default=None, gt=0)  # ends the training where that is sooner
     match: str = Field(default="layers.*", min_length=1)  # the matrices that are trained
-    # Layers are solved again on what the layers before them really give, then trained (calibration.reconstruction).
-    # None: where no transform folded factors into the matrices
-    reconstruct: bool | None = None
+    reconstruct: bool | None = None  # before training (calibration.reconstruction); None: where nothing was folded in
     learning_rate: float = Field(default=0.0, ge=0)  # 0: codes stay as they were solved (calibration.qat says why)
     scale_learning_rate: float = Field(default=0.0005, ge=0)
     float_learning_rate: float = Field(default=0.0005, ge=0)  # of norms and biases, relative to their mean size
@@ -405,9 +399,7 @@ class Evaluation(Strict):
     length: int = Field(default=512, ge=4)  # tokens in a chunk
     suites: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()  # questions too: built-in suites, JSONL files
     items: int | None = Field(default=None, ge=1)  # of each slice; None: all of a file's, 12 of a built-in slice
-    most_items: int | None = Field(
-        default=None, ge=1
-    )  # of a slice that open gates may draw; `items` is then 12 or given
+    most_items: int | None = Field(default=None, ge=1)  # that open gates may draw; `items` is then 12, or as given
 
     @model_validator(mode="before")
     @classmethod
@@ -477,39 +469,3 @@ class Recipe(Strict):
         """The recipe's gates and the target's own; its own limit replaces the recipe's on the same metric."""
         own = {gate.metric for gate in target.gates}
         return (*(gate for gate in self.gates if gate.metric not in own), *target.gates)
-
-
-def assign(rules: tuple[Rule, ...], config: DecoderConfig) -> dict[str, Rule]:
-    """The rule of every matrix of the model; the first that matches.
-
-    Raises RecipeError naming a matrix without a rule, or a rule whose pattern fits no matrix: it is misspelt.
-    `head` fits a tied model too, which has none.
-    """
-    names = [name for name in config.parameter_shapes() if role_of(name) != "vector"]
-    parameters = parameter_count(config)
-    live = [rule for rule in rules if rule.below_parameters is None or parameters < rule.below_parameters]
-    for pattern in (rule.match for rule in rules):
-        if not any(fnmatchcase(name, pattern) for name in [*names, "head"]):
-            shown = ", ".join(names[:4])
-            raise RecipeError(f"quantize: rule {pattern!r} matches no matrix: their names are like {shown}")
-    assigned: dict[str, Rule] = {}
-    for name in names:
-        rule = next((r for r in live if fnmatchcase(name, r.match)), None)
-        if rule is None:
-            raise RecipeError(
-                f"quantize: no rule matches {name!r} (seen: {[r.match for r in live]}); add one, "
-                f"e.g. {{match: {name!r}, grid: int8-channel, solver: rtn}}, or grid: {FLOAT} to keep it as it is"
-            )
-        assigned[name] = rule
-    return assigned
-
-
-def parameter_count(config: DecoderConfig) -> int:
-    """Elements of all parameters, tied ones once."""
-    total = 0
-    for shape in config.parameter_shapes().values():
-        elements = 1
-        for size in shape:
-            elements *= size
-        total += elements
-    return total

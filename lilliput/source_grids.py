@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lilliput import registry
+from lilliput.assignment import assign
 from lilliput.errors import RecipeError
 from lilliput.grid import grid
 from lilliput.model import DecoderConfig, role_of
-from lilliput.recipe_schema import FLOAT, PASSTHROUGH, FromSource, Plugin, Recipe, Rule, Target, assign
+from lilliput.recipe_schema import FLOAT, PASSTHROUGH, FromSource, Plugin, Recipe, Rule, Target
 
 if TYPE_CHECKING:
     from exporters.base import Exporter

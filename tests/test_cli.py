@@ -20,7 +20,20 @@ from lilliput.report import Report, StageTime
 from lilliput.run import Plan, PlannedStage, PlannedTarget, Run, Watcher
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "tensorflow", "numpy", "pydantic", "gguf", "jinja2", "yaml")
-COMMANDS = ("run", "validate", "inspect", "network", "npu", "compare", "ab", "chat", "list", "schema", "doctor")
+COMMANDS = (
+    "run",
+    "validate",
+    "inspect",
+    "ladder",
+    "network",
+    "npu",
+    "compare",
+    "ab",
+    "chat",
+    "list",
+    "schema",
+    "doctor",
+)
 
 
 RECIPE = """
@@ -114,6 +127,15 @@ def test_listing_imports_no_framework(kind: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "0 []"
     assert done.stdout.strip()
+
+
+def test_what_draws_on_the_terminal_loads_no_framework() -> None:
+    code = (
+        f"import sys; import lilliput.terminal; heavy = set({HEAVY!r}) - {{'numpy', 'pydantic'}}; "
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_module_runs_and_exits_with_the_code() -> None:

@@ -15,11 +15,12 @@ from test_cli import a_plan
 from tiny_models import tiny_llama
 
 from lilliput import cli, escalation, pipeline, terminal
+from lilliput.assignment import assign
 from lilliput.errors import RecipeError
 from lilliput.estimate import artifact_bytes
 from lilliput.model import DecoderConfig
 from lilliput.recipe import Recipe, load
-from lilliput.recipe_schema import Auto, Budget, Recover, assign
+from lilliput.recipe_schema import Auto, Budget, Recover
 from lilliput.report import Report, TriedRung
 from lilliput.report import load as load_report
 from lilliput.report_page import html

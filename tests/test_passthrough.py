@@ -21,10 +21,11 @@ from calibration import passthrough
 from calibration.solve import solve
 from exporters import gguf_llamacpp
 from lilliput import decoder, planning, registry, source, source_grids
+from lilliput.assignment import assign
 from lilliput.errors import CalibrationError, RecipeError
 from lilliput.grid import QuantizedTensor, grid
 from lilliput.model import QuantizedModel, SourceModel, role_of
-from lilliput.recipe_schema import FLOAT, Plugin, Recipe, Rule, assign
+from lilliput.recipe_schema import FLOAT, Plugin, Recipe, Rule
 from lilliput.source_grids import SourceGrids
 from lilliput.trace import trace
 

@@ -12,10 +12,10 @@ import tiny_recipe
 from tiny_models import quantize, source_of, tiny_llama
 
 from lilliput import facts, pipeline
+from lilliput.assignment import assign, parameter_count
 from lilliput.estimate import artifact_bytes, estimate
 from lilliput.model import DecoderConfig
 from lilliput.recipe import load
-from lilliput.recipe_schema import assign, parameter_count
 
 SMOLLM2 = DecoderConfig(
     "llama", 49152, 576, 1536, 30, 9, 3, 64, 8192, "rms", 1e-5, "rope", "silu", True, False, False, True, 100000.0

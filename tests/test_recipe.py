@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lilliput import recipe, registry
+from lilliput.assignment import assign, parameter_count
 from lilliput.errors import RecipeError
 from lilliput.listing import recipes_folder
 from lilliput.model import DecoderConfig
-from lilliput.recipe_schema import assign, parameter_count
 
 GOOD = """\
 name: demo
