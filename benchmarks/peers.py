@@ -36,10 +36,8 @@ from benchmarks import overlay
 from benchmarks.kept import is_kept, keep
 from benchmarks.models import SHAPES, SMOLLM2, SOURCE, make_random
 from benchmarks.subjects import CONTEXT
-from lilliput.errors import ArtifactError
 from lilliput.model import SourceModel
 
-MODEL = "model.txt"  # in a peers' folder: its source, where that is not SOURCE
 MADE_BY = {
     "source": ("gguf", "transformers"),
     "hf": ("transformers", "torch"),
@@ -64,7 +62,10 @@ LLAMA_4BIT = ("Q4_0", "Q4_K_M")
 
 
 def ensure(name: str, folder: Path, log: Callable[[str], None], model: str = SMOLLM2) -> Path:
-    """The folder of a peer's files, made if it is not there. Raises subprocess.CalledProcessError where that fails."""
+    """The folder of a peer's files, made if it is not there. `model`: a name of benchmarks/models.py, or a source.
+
+    Raises subprocess.CalledProcessError where that fails.
+    """
     versions = {package: version(package) for package in MADE_BY[name]} | overlay.pinned(OVERLAYS.get(name, ()))
     record = versions | {"context": str(CONTEXT)} | ({"model": model} if model != SMOLLM2 else {})
     if not is_kept(folder / name, record):
@@ -72,19 +73,6 @@ def ensure(name: str, folder: Path, log: Callable[[str], None], model: str = SMO
             ensure(needed, folder, log, model)
         log(f"making {name} with {', '.join(f'{k} {v}' for k, v in record.items())}")
     return keep(folder / name, record, lambda _: _make_apart(name, folder, model))
-
-
-def choose_model(folder: Path, model: str) -> None:
-    """What the peers of this folder are made from; another model than before needs another folder."""
-    path = folder / MODEL
-    if path.is_file() and path.read_text() != model:
-        raise ArtifactError(f"{folder} holds files of {path.read_text()}, wanted those of {model}: give another --out")
-    path.write_text(model)
-
-
-def model_of(folder: Path) -> str:
-    path = folder / MODEL
-    return path.read_text() if path.is_file() else SOURCE
 
 
 def needs(name: str, model: str) -> tuple[str, ...]:
@@ -117,7 +105,7 @@ def make_source(folder: Path, destination: Path, model: str) -> None:
     from lilliput import source
 
     destination.rmdir()
-    source.load(str(folder / "hf") if model in SHAPES else model_of(folder), destination)
+    source.load(str(folder / "hf") if model in SHAPES else SOURCE if model == SMOLLM2 else model, destination)
 
 
 def make_hf(folder: Path, destination: Path, model: str) -> None:
@@ -152,11 +140,11 @@ def save_hf(model: SourceModel, destination: Path) -> None:
     shutil.copytree(model.tokenizer, destination, dirs_exist_ok=True)
 
 
-def make_llama_quantize(folder: Path, destination: Path) -> None:
+def make_llama_quantize(folder: Path, destination: Path, model: str) -> None:
     from benchmarks import peer_gguf
-    from benchmarks.ours import Ours
+    from benchmarks.ours import Ours, source_override
 
-    peer_gguf.make(open_source(folder), Ours([f"model.source={model_of(folder)}"]).statistics(), destination)
+    peer_gguf.make(open_source(folder), Ours(source_override(model)).statistics(), destination)
 
 
 def make_llama_4bit(folder: Path, destination: Path) -> None:
@@ -229,7 +217,7 @@ def make_litert_export(folder: Path, destination: Path) -> None:
 
 
 MAKERS: dict[str, Callable[[Path, Path], None]] = {
-    "llama_quantize": make_llama_quantize, "llama_4bit": make_llama_4bit, "genai_int4": make_genai_int4,
+    "llama_4bit": make_llama_4bit, "genai_int4": make_genai_int4,
     "optimum_fp32": make_optimum_fp32, "optimum_int8": make_optimum_int8, "litert_torch": make_litert_torch,
     "litert_export": make_litert_export, "onnx_nbits": make_onnx_nbits, "litert_aeq": make_litert_aeq,
     "litert_gptq": partial(make_litert_aeq, names=("GPTQ",)),
@@ -238,8 +226,9 @@ MAKERS: dict[str, Callable[[Path, Path], None]] = {
 
 def main() -> None:
     name, root, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    made = {"source": partial(make_source, model=model), "hf": partial(make_hf, model=model)} | MAKERS
-    made[name](root, root / f"{name}.partial")
+    of_model = {"source": make_source, "hf": make_hf, "llama_quantize": make_llama_quantize}
+    makers = MAKERS | {kind: partial(make, model=model) for kind, make in of_model.items()}
+    makers[name](root, root / f"{name}.partial")
 
 
 if __name__ == "__main__":

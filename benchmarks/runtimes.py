@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -80,16 +80,21 @@ class Row(Record):
         return self.decode_rounds if phase == "decode" else self.prefill_rounds
 
 
-class Ratio(Record):
-    """`value` is the median of subject / peer over the `rounds` in which neither was disturbed; `low` and `high` are
-    the smallest and the largest. Below the limit it is a miss only where all rounds are."""
+class Judged(Record):
+    """`value` is the median of the rounds that were not disturbed, `low` and `high` the smallest and the largest. Below
+    the limit it is a miss only where all rounds are."""
 
-    limit: Limit
     value: float | None
+    low: float | None
+    high: float | None
     rounds: int
     verdict: Literal["PASS", "MISS", "INCONCLUSIVE"]
-    low: float | None = None
-    high: float | None = None
+
+
+class Ratio(Judged):
+    """Of subject / peer, in rounds in which neither was disturbed."""
+
+    limit: Limit
 
 
 class Comparison(Record):
@@ -113,17 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     subjects = [*_ours(out, options.ours), *_theirs(out / "peers")]
     comparison = compare(subjects, tokens(out / "peers"), options.threads, options.rounds)
-    return publish(comparison, out / "runtimes")
+    return publish(comparison, markdown(comparison), out / "runtimes", [ratio.verdict for ratio in comparison.ratios])
 
 
-def publish(comparison: Comparison, path: Path) -> int:
-    """Write `path`.json and .md, print the tables; the exit status."""
-    path.with_name(f"{path.name}.json").write_text(comparison.model_dump_json(indent=2) + "\n")
-    text = markdown(comparison)
+def publish(found: Record, text: str, path: Path, verdicts: Iterable[str]) -> int:
+    """Write `path`.json and .md, print the text; the exit status: 1 where one misses, 0 where all pass, else 3."""
+    path.with_name(f"{path.name}.json").write_text(found.model_dump_json(indent=2) + "\n")
     path.with_name(f"{path.name}.md").write_text(text)
     print(text)
-    verdicts = {ratio.verdict for ratio in comparison.ratios}
-    return 1 if "MISS" in verdicts else 0 if verdicts == {"PASS"} else 3
+    said = set(verdicts)
+    return 1 if "MISS" in said else 0 if said == {"PASS"} else 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -287,11 +291,18 @@ def _ratio(limit: Limit, ours: Row, theirs: Row) -> Ratio:
         ours.disturbed_rounds, theirs.disturbed_rounds, strict=True,
     )  # fmt: skip
     quiet = [a / b for a, b, bad, also_bad in pairs if not (bad or also_bad)]
+    return Ratio(limit=limit, **judged(quiet, limit.least).model_dump())
+
+
+def judged(quiet: Sequence[float], least: float) -> Judged:
+    """The figures of rounds that were not disturbed, wanted at least `least`."""
     if not quiet:
-        return Ratio(limit=limit, value=None, rounds=0, verdict="INCONCLUSIVE")
+        return Judged(value=None, low=None, high=None, rounds=0, verdict="INCONCLUSIVE")
     value, low, high = statistics.median(quiet), min(quiet), max(quiet)
-    verdict = "PASS" if value >= limit.least else "MISS" if high < limit.least else "INCONCLUSIVE"
-    return Ratio(limit=limit, value=value, rounds=len(quiet), verdict=verdict, low=low, high=high)
+    verdict: Literal["PASS", "MISS", "INCONCLUSIVE"] = "INCONCLUSIVE"
+    if value >= least or high < least:
+        verdict = "PASS" if value >= least else "MISS"
+    return Judged(value=value, low=low, high=high, rounds=len(quiet), verdict=verdict)
 
 
 def _versions() -> dict[str, str]:
@@ -329,9 +340,14 @@ def markdown(comparison: Comparison) -> str:
 
 def _line(ratio: Ratio) -> str:
     limit = ratio.limit
-    value = "–" if ratio.value is None else f"{ratio.value:.2f}"
-    spread = "–" if ratio.low is None else f"{ratio.low:.2f}, {ratio.high:.2f}"
     return (
-        f"| {limit.phase} | {limit.subject} | {limit.peer} | {value} | {spread} | ≥ {limit.least:.2f} "
+        f"| {limit.phase} | {limit.subject} | {limit.peer} | {spread(ratio, '.2f')} | ≥ {limit.least:.2f} "
         f"| {ratio.rounds} | {ratio.verdict} |"
     )
+
+
+def spread(found: Judged, form: str) -> str:
+    """Two cells of a table: the value, and the lowest and highest round."""
+    if found.value is None:
+        return "– | –"
+    return f"{found.value:{form}} | {found.low:{form}}, {found.high:{form}}"

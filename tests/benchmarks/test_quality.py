@@ -168,7 +168,7 @@ def test_a_whole_run_on_a_tiny_model(
         "litert_aeq": lambda folder: peer_aeq.make(source, [], ("min-max",), folder),
         "litert_gptq": lambda folder: peer_aeq.make(source, [[1] * peer_aeq.PREFILL], ("GPTQ",), folder),
     }
-    monkeypatch.setattr(peers, "ensure", lambda name, folder, say: kept.keep(folder / name, {}, makers[name]))
+    monkeypatch.setattr(peers, "ensure", lambda name, folder, say, model: kept.keep(folder / name, {}, makers[name]))
     monkeypatch.setattr(quality, "Ours", lambda overrides=(): Ours([*small, *overrides]))
     found = quality.measure(quality.PARTS, tmp_path, chunks=2, workers=1)
     ours = {r.file for r in found.rows if r.maker == "ours"}

@@ -134,7 +134,7 @@ def test_an_export_is_judged_by_time_and_memory() -> None:
         export=Costs(stages=(stage, stage)), solve=Costs(stages=(stage,)),
     )  # fmt: skip
     report = export_cost.Report(model="m", cores=2, load=(0.1, 0.2), weights_bytes=400, targets=(cheap,))
-    assert report.passes(cheap)
-    assert not report.passes(cheap.model_copy(update={"export_s": 40.1}))
-    assert not report.model_copy(update={"weights_bytes": 399}).passes(cheap)
+    assert report.verdict(cheap) == "PASS"
+    assert report.verdict(cheap.model_copy(update={"export_s": 40.1})) == "MISS"
+    assert report.model_copy(update={"weights_bytes": 399}).verdict(cheap) == "MISS"
     assert "| 2.50 | ≤ 2.5 | PASS |" in export_cost.markdown(report)

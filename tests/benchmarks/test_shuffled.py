@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_models import tiny_llama, tiny_source
 
-from benchmarks import peers, shuffled
-from lilliput.errors import ArtifactError, ExportError
+from benchmarks import shuffled
+from lilliput.errors import ExportError
 from lilliput.model import role_of
 
 
@@ -33,10 +33,3 @@ def test_the_folder_holds_the_same_function(tmp_path: Path, monkeypatch: pytest.
 def test_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="family 'gpt2'"):
         shuffled.shuffled(tiny_source(tmp_path, "gpt2"))
-
-
-def test_peers_of_two_models_do_not_mix(tmp_path: Path) -> None:
-    peers.choose_model(tmp_path, "a")
-    assert peers.model_of(tmp_path) == "a"
-    with pytest.raises(ArtifactError, match=r"holds files of a, wanted those of b: give another --out"):
-        peers.choose_model(tmp_path, "b")
