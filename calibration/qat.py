@@ -87,12 +87,13 @@ def recover(
 ) -> tuple[QuantizedModel, Recovery]:
     """The trained model on the grids of `solved`. `work` holds checkpoints, and is the same folder after a kill."""
     begun = _reconstructed(source, solved, samples, options, work, part(progress, 0.0, RECONSTRUCTION))
-    start, spent = begun or (solved, 0.0)
+    start, spent_s = begun or (solved, 0.0)
     trainer = Trainer(source, start, samples, options)
-    between = trainer.held_out_divergence() if begun else None
-    before = trainer.divergence_of(solved)
-    found = trained(trainer, options, work, part(progress, RECONSTRUCTION, 1.0), before=before, spent_s=spent)
-    found = replace(found, kld_reconstructed=between)
+    before = trainer.divergence_of(solved) if begun else None  # now: norms are not trained yet
+    found = trained(trainer, options, work, part(progress, RECONSTRUCTION, 1.0), spent_s)
+    if before is not None:
+        better = found.kld_after < before
+        found = replace(found, kld_before=before, kld_reconstructed=found.kld_before, kept=better)
     return (trainer.model() if found.kept else solved), found
 
 
@@ -128,21 +129,25 @@ def held_out(count: int) -> npt.NDArray[np.bool_]:
 
 
 def trained(
-    trainer: Trainer, options: Recover, work: Path, progress: Progress = silent, *, before: float | None = None,
-    spent_s: float = 0.0,
+    trainer: Trainer, options: Recover, work: Path, progress: Progress = silent, spent_s: float = 0.0
 ) -> Recovery:  # fmt: skip
-    """Train to the end of the schedule, from the checkpoint in `work` where there is one.
-
-    `before`: the divergence of what was solved, if the trainer does not start there. `spent_s`: of the minutes, before.
-    """
-    before = trainer.held_out_divergence() if before is None else before
-    state = trainer.restore(work / CHECKPOINT)
-    state = _train(trainer, state, options, work, progress, spent_s)
+    """Train to the end of the schedule, from the checkpoint in `work` where there is one. `spent_s`: of the minutes."""
+    before = trainer.held_out_divergence()
+    steps, seconds = options.limits
+    state = _train(trainer, trainer.restore(work / CHECKPOINT), Limits(steps, seconds - spent_s), work, progress)
     after = trainer.held_out_divergence()
     return Recovery(
         options.method, state.step, state.step * options.batch * trainer.length, spent_s + state.seconds,
         before, after, trainer.held.numel(), after < before,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Either of which ends a training; none is left at 0 and below."""
+
+    steps: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -152,11 +157,11 @@ class State:
     step: int = 0
     seconds: float = 0.0
 
-    def progress(self, options: Recover, spent_s: float) -> float:
-        """0 to 1: of the steps, or of the time that `spent_s` left where that is further."""
-        steps, seconds = options.limits
-        seconds -= spent_s
-        return 1.0 if steps <= 0 or seconds <= 0 else max(self.step / steps, self.seconds / seconds)
+    def progress(self, limits: Limits) -> float:
+        """0 to 1: of the steps, or of the time where that is further."""
+        if limits.steps <= 0 or limits.seconds <= 0:
+            return 1.0
+        return max(self.step / limits.steps, self.seconds / limits.seconds)
 
 
 def rate(progress: float) -> float:
@@ -166,15 +171,13 @@ def rate(progress: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def _train(
-    trainer: Trainer, state: State, options: Recover, work: Path, progress: Progress, spent_s: float
-) -> State:  # fmt: skip
+def _train(trainer: Trainer, state: State, limits: Limits, work: Path, progress: Progress) -> State:
     """Step until the schedule ends."""
     before, saved, started = state.seconds, state.seconds, time.monotonic()
-    while (done := state.progress(options, spent_s)) < 1:
+    while (done := state.progress(limits)) < 1:
         trainer.step(state.step, rate(done))
         state = State(state.step + 1, before + time.monotonic() - started)
-        progress(min(1000, round(1000 * state.progress(options, spent_s))), 1000)
+        progress(min(1000, round(1000 * state.progress(limits))), 1000)
         if state.seconds - saved >= CHECKPOINT_S:
             trainer.save(work / CHECKPOINT, state)
             saved = state.seconds

@@ -5,10 +5,10 @@ their order, each on x', the student's own input: what the layers before it, alr
 samples. The float model runs beside it, with x at the same place and h, h' the residual streams. Wanted is
 
     inputs of attention and MLP     minimise  E |W x - V x'|²                        over V on the grid
-    o and down, onto the residual   minimise  E w |(h + W x) - (h' + V x')|²         w = 1 / mean h² of the token
+    o and down, onto the residual   minimise  E w |(h + W x) - (h' + V x')|²         w = 1 / (mean h² + ε)
 
-so that o and down also mend what earlier layers did to the residual stream, as far as x' tells it. With
-H = E[w x' x'ᵀ], C = E[w x x'ᵀ] and R = E[w (h - h') x'ᵀ], the best V off the grid is W + D,
+of the token, ε the norms'; so that o and down also mend what earlier layers did to the residual stream, as far as
+x' tells it. With H = E[w x' x'ᵀ], C = E[w x x'ᵀ] and R = E[w (h - h') x'ᵀ], the best V off the grid is W + D,
 
     D = (W (C - H) + R) (H + λ diag H)⁻¹
 
@@ -31,6 +31,7 @@ float32. Cost: five passes' products over the samples, and one GPTQ solve.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -120,26 +121,22 @@ class _Moments:
     tokens: int
 
     @classmethod
-    def of(cls, inputs: Pair, stream: Pair | None) -> _Moments:
-        """`stream`: h and h', where the linear's output is added to them."""
+    def of(cls, inputs: Pair, stream: Pair | None, eps: float) -> _Moments:
+        """`stream`: h and h', where the linear's output is added to them; `eps` is the norms'."""
         cols, tokens = inputs.student.shape[-1], inputs.student[..., 0].numel()
         own, cross = torch.zeros(cols, cols, dtype=torch.float64), torch.zeros(cols, cols, dtype=torch.float64)
-        if stream is None:
-            for t, s in inputs.batches():
-                x, y = t.flatten(0, 1), s.flatten(0, 1)
-                own += y.T @ y
-                cross += x.T @ y
-            return cls(own / tokens, cross / tokens, None, tokens)
-        residual = torch.zeros(stream.teacher.shape[-1], cols, dtype=torch.float64)
-        weights = 1 / stream.teacher.square().mean(-1, keepdim=True)
-        weights = (weights / weights.mean()).sqrt()
-        per_batch = torch.split(weights, max(1, BATCH_TOKENS // weights.shape[1]))
-        for (t, s), (h, g), w in zip(inputs.batches(), stream.batches(), per_batch, strict=True):
-            x, y, lost = ((w * part).flatten(0, 1) for part in (t, s, h - g))
+        residual = None if stream is None else torch.zeros(stream.teacher.shape[-1], cols, dtype=torch.float64)
+        streams = itertools.repeat(None) if stream is None else stream.batches()
+        for (t, s), both in zip(inputs.batches(), streams, strict=False):
+            x, y = t.flatten(0, 1), s.flatten(0, 1)
+            if both is not None and residual is not None:
+                h, lost = both[0].flatten(0, 1), (both[0] - both[1]).flatten(0, 1)
+                root = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+                x, y = root * x, root * y
+                residual += (root * lost).T @ y
             own += y.T @ y
             cross += x.T @ y
-            residual += lost.T @ y
-        return cls(own / tokens, cross / tokens, residual / tokens, tokens)
+        return cls(own / tokens, cross / tokens, None if residual is None else residual / tokens, tokens)
 
     def aim(self, weight: Tensor) -> Tensor:
         """W + BLEND · D (rows, cols), the weights to round, of W (rows, cols) float32."""
@@ -185,7 +182,7 @@ class _Layers:
         names = [name for name in names if name in self.old]
         if not names:
             return
-        moments = _Moments.of(inputs, stream)
+        moments = _Moments.of(inputs, stream, self.teacher.mlp_norm.eps)
         unknown = np.full(len(moments.own), np.nan, np.float32)
         seen = InputStatistics(moments.own.float().numpy(), unknown, unknown, moments.tokens)
 

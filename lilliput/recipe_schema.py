@@ -286,6 +286,12 @@ class Recover(Strict):
     device: str = Field(default="cpu", min_length=1)
     seed: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _reconstruction_is_qats(self) -> Self:
+        if self.method == "adapters" and (self.reconstruct or self.steps == 0):
+            raise ValueError("adapters are trained on the solved codes: reconstruct and steps: 0 are of method: qat")
+        return self
+
     @property
     def limits(self) -> tuple[float, float]:
         """Steps and seconds, either of which ends the training."""

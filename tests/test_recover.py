@@ -89,3 +89,9 @@ def test_the_unfinished_outlives_a_kill_and_only_that(tmp_path: Path) -> None:
     with unfinished(second) as kept:
         assert (kept / "training").read_text() == "half"
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("given", ["reconstruct: true", "steps: 0"])
+def test_what_adapters_do_not_do_is_refused(model: Path, tmp_path: Path, given: str) -> None:
+    with pytest.raises(RecipeError, match="adapters are trained on the solved codes"):
+        graph(tmp_path, model, f"recover={{method: adapters, {given}}}")

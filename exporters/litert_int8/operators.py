@@ -62,9 +62,9 @@ def concatenate(graph: Graph, parts: Sequence[int], axis: int, dtype: str = "flo
 
 
 def binary(graph: Graph, code: str, a: int, b: int) -> int:
-    """ADD, SUB, MUL, MAXIMUM, MINIMUM or SQUARED_DIFFERENCE, broadcasting."""
+    """ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM or SQUARED_DIFFERENCE, broadcasting."""
     y = graph.tensor(np.broadcast_shapes(graph.shapes[a], graph.shapes[b]))
-    options = {"fusedActivationFunction": 0} if code in ("ADD", "SUB", "MUL") else {}
+    options = {"fusedActivationFunction": 0} if code in ("ADD", "SUB", "MUL", "DIV") else {}
     graph.operator(code, [a, b], [y], **options)
     return y
 

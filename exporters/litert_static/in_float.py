@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ai_edge_litert import schema_py_generated as schema
-
 from exporters.litert_int8 import operators as floats
 from exporters.litert_int8.flatbuffer import Array, Graph
 from exporters.litert_static import operators as op
 from lilliput.errors import ExportError
 from lilliput.network import Network, Operation, QuantizedNetwork
 
-NONE = schema.ActivationFunctionType.NONE
 ALWAYS_OPS = ("layer_norm", "cast")
 UNARY: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "relu": ("RELU", {}),
@@ -54,9 +51,7 @@ def constant(graph: Graph, network: Network, name: str) -> int:
 
 
 def _binary(graph: Graph, model: QuantizedNetwork, node: Operation, x: Sequence[int]) -> int:
-    made = graph.tensor(model.network.shape(node.name))
-    graph.operator(node.op.upper(), list(x), [made], fusedActivationFunction=NONE)
-    return made
+    return floats.binary(graph, node.op.upper(), *x)
 
 
 def _softmax(graph: Graph, model: QuantizedNetwork, node: Operation, x: Sequence[int]) -> int:

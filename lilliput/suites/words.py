@@ -19,19 +19,8 @@ PLURALS = ("fruits", "rivers", "colours", "trees", "vegetables", "flowers", "cou
 NUMBERS = ("three", "five", "seven", "nine", "eleven", "fourteen", "sixteen", "nineteen", "twenty")
 OPPOSITES = ("cold", "big", "fast", "dark", "happy", "old", "wet", "loud", "heavy", "open", "early", "strong")
 WORDS = (
-    "water",
-    "garden",
-    "window",
-    "bread",
-    "summer",
-    "music",
-    "paper",
-    "river",
-    "silver",
-    "orange",
-    "table",
-    "cloud",
-)
+    "water", "garden", "window", "bread", "summer", "music", "paper", "river", "silver", "orange", "table", "cloud",
+)  # fmt: skip
 SENTENCES = (
     "The {colour} {thing} stands by the window",
     "Nobody saw the {colour} {thing} yesterday",

@@ -35,7 +35,7 @@ def test_the_aim_is_the_least_squares_solution(onto_the_stream: bool, monkeypatc
     h *= torch.linspace(0.5, 20, 50)[:, None]
     inputs, stream = Pair(x, x + 0.2 * noise), Pair(h, h - 0.3 * lost)
     weight = torch.randn(8, 12, generator=draw)
-    aim = reconstruction._Moments.of(inputs, stream if onto_the_stream else None).aim(weight)
+    aim = reconstruction._Moments.of(inputs, stream if onto_the_stream else None, eps=0.0).aim(weight)
     wanted = x @ weight.T + (0.3 * lost if onto_the_stream else 0.0)
     w = h.square().mean(-1, keepdim=True).rsqrt() if onto_the_stream else torch.ones(4, 50, 1)
     best, *_ = np.linalg.lstsq((w * inputs.student).flatten(0, 1).numpy(), (w * wanted).flatten(0, 1).numpy())
