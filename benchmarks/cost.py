@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lilliput import memory
 from lilliput.results import Record
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -34,8 +35,12 @@ def in_child(work: Callable[..., None], *arguments: Any) -> float:
 
 @contextmanager
 def measured(stage: str, stages: list[StageCost], folder: Path) -> Iterator[Path]:
-    """Time a stage that writes into `folder` (made here), and note its peak of resident memory."""
+    """Time a stage that writes into `folder` (made here), and note its peak of resident memory.
+
+    Before it, memory is given back as the pipeline does between stages.
+    """
     folder.mkdir()
+    memory.give_back()
     CLEAR.write_text("5")  # resets VmHWM: see proc(5)
     start = time.monotonic()
     yield folder

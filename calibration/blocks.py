@@ -11,16 +11,19 @@ them is a multiple of one half.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lilliput.grid import FLOAT16_TINY, Codes, Float, GridSpec, QuantizedTensor, round_scale
 
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+SLAB = 1 << 19  # weights that are worked on at once: bounds the memory of a large matrix to some 20 MB
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def _nearest_entry(x: Tensor, codebook: tuple[int, ...]) -> Tensor:
 
 
 def tensor_of(blocks: Blocks, codes: Tensor) -> QuantizedTensor:
-    """Codes (rows, cols), as float32, and their blocks (rows, n_blocks) as a tensor on the grid."""
+    """Codes (rows, cols), of any dtype, and their blocks (rows, n_blocks) as a tensor on the grid."""
     spec = blocks.spec
     offsets = {
         "none": None,
@@ -94,8 +97,17 @@ def tensor_of(blocks: Blocks, codes: Tensor) -> QuantizedTensor:
 def nearest(weight: Float, blocks: Blocks) -> QuantizedTensor:
     """Every weight (rows, cols) to its nearest code."""
     w, width = torch.from_numpy(weight), blocks.spec.width(weight.shape[1])
-    s, o = (t.repeat_interleave(width, dim=1)[:, : w.shape[1]] for t in (blocks.s, blocks.o))
-    return tensor_of(blocks, Blocks(blocks.spec, s, o).codes(w))
+    codes = torch.empty(weight.shape, dtype=torch.int8 if blocks.spec.symmetric else torch.uint8)
+    for rows in row_slabs(weight):
+        s, o = (t[rows].repeat_interleave(width, dim=1)[:, : w.shape[1]] for t in (blocks.s, blocks.o))
+        codes[rows] = Blocks(blocks.spec, s, o).codes(w[rows]).to(codes.dtype)
+    return tensor_of(blocks, codes)
+
+
+def row_slabs(matrix: npt.NDArray[np.generic]) -> Iterator[slice]:
+    """Rows of a matrix (rows, cols), about SLAB numbers at a time."""
+    step = max(1, SLAB // matrix.shape[1])
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
 def round_to(x: Tensor, spec: GridSpec) -> Tensor:

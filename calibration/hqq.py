@@ -29,12 +29,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from calibration.base import InputStatistics, SolverOptions
-from calibration.blocks import Blocks, nearest, round_nonzero, round_to
+from calibration.blocks import SLAB, Blocks, nearest, round_nonzero, round_to
 from calibration.scale_search import SearchOptions, find_blocks
 from lilliput.errors import CalibrationError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
-
-SLAB = 1 << 19  # weights that are worked on at once
 
 
 class Options(SearchOptions):

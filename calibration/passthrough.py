@@ -14,8 +14,9 @@ from typing import ClassVar, NoReturn
 import numpy as np
 
 from calibration.base import InputStatistics, SolverOptions
+from calibration.blocks import row_slabs
 from lilliput.errors import CalibrationError
-from lilliput.grid import Float, GridSpec, QuantizedTensor, narrowest
+from lilliput.grid import Float, GridSpec, QuantizedTensor, narrowest, take_rows
 from lilliput.model import SolveStep, SourceModel
 from lilliput.recipe_schema import PASSTHROUGH
 
@@ -79,7 +80,10 @@ def cost(source: SourceModel, name: str, weight: Float, tensor: QuantizedTensor)
     held = source.codes.get(name)
     if held is None and name not in source.not_passed:
         return None
-    signal = float(np.square(weight, dtype=np.float64).sum())
-    lost = float(np.square(weight - tensor.dequantize(), dtype=np.float64).sum())
+    signal = lost = 0.0
+    for rows in row_slabs(weight):
+        change = weight[rows] - take_rows(tensor, rows).dequantize()
+        signal += float(np.square(weight[rows], dtype=np.float64).sum())
+        lost += float(np.square(change, dtype=np.float64).sum())
     grid = NO_GRID if held is None else held.spec.name
     return SolveStep(name, tensor.spec.name, "re-quantized", lost / signal if signal else 0.0, source_grid=grid)

@@ -36,6 +36,7 @@ from lilliput.errors import CalibrationError, MissingPackageError
 from lilliput.model import SourceModel
 from lilliput.progress import Progress, silent
 from lilliput.recipe_schema import SamplePart
+from lilliput.tokenizer_folder import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +114,7 @@ def gather(source: SourceModel, options: SampleOptions, progress: Progress = sil
     kind, documents = _documents(source, options)
     digest = hashlib.sha256()
     ids: list[int] = []
-    tokenizer = _tokenizer(source)
+    tokenizer = load_tokenizer(source.tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
         digest.update(document.encode())
@@ -145,12 +146,6 @@ def cut(ids: list[int], options: SampleOptions, prefix: list[int]) -> Tokens:
     return np.array([prefix + ids[s : s + length] for s in starts], dtype=np.int32)
 
 
-def _tokenizer(source: SourceModel) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source.tokenizer)
-
-
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
@@ -162,7 +157,7 @@ def _generated(source: SourceModel, options: SampleOptions, progress: Progress) 
     from calibration.generation import Sampling, generate
     from lilliput.decoder import build
 
-    tokenizer = _tokenizer(source)
+    tokenizer = load_tokenizer(source.tokenizer)
     sampling = Sampling(
         count=options.count,
         length=options.length,
@@ -218,7 +213,7 @@ def _row_text(source: SourceModel, row: Any, field: str, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get(field), str):
         return str(row[field])
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return str(_tokenizer(source).apply_chat_template(row["messages"], tokenize=False))
+        return str(load_tokenizer(source.tokenizer).apply_chat_template(row["messages"], tokenize=False))
     seen = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise CalibrationError(f"calibration samples {where}: has {seen}; wanted a text under {field!r}, or messages")
 

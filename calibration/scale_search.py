@@ -36,14 +36,12 @@ from torch.nn.functional import pad
 
 from calibration import super_blocks
 from calibration.base import SolverOptions
-from calibration.blocks import FLOAT32_TINY, round_nonzero
+from calibration.blocks import FLOAT32_TINY, SLAB, round_nonzero
 from calibration.blocks import Blocks as Blocks
 from calibration.blocks import nearest as nearest
 from calibration.blocks import round_to as round_to
 from calibration.blocks import tensor_of as tensor_of
 from lilliput.grid import Float, GridSpec
-
-SLAB = 1 << 19  # weights that one step of the search works on: bounds its memory to some 20 MB
 
 
 class SearchOptions(SolverOptions):

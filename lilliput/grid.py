@@ -380,8 +380,8 @@ def concatenate_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
     return QuantizedTensor(parts[0].spec, codes, scales, offsets, supers, kept)
 
 
-def take_rows(tensor: QuantizedTensor, order: npt.NDArray[np.intp]) -> QuantizedTensor:
-    """The matrix with its rows in another order (RoPE permutation): exact."""
+def take_rows(tensor: QuantizedTensor, order: npt.NDArray[np.intp] | slice) -> QuantizedTensor:
+    """The matrix with its rows in another order (RoPE permutation), or some of them: exact."""
     kept = None if tensor.outliers is None else Outliers(tensor.outliers.columns, tensor.outliers.values[order])
     offsets = None if tensor.offsets is None else tensor.offsets[order]
     supers = None if tensor.supers is None else tensor.supers[order]

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from lilliput import facts, manifest, output, report
+from lilliput import facts, manifest, memory, output, report
 from lilliput import graph as graphs
 from lilliput.graph import Graph, Stage, TargetStages
 from lilliput.manifest import ArtifactFacts, Manifest
@@ -95,6 +95,7 @@ class Work:
         self._folders[stage.key], there = self.store.build(
             stage.kind, stage.key, lambda folder: stage.work(self.folder, folder, progress), fresh=replace
         )
+        memory.give_back()
         self._verified.add(stage.key)
         self._kept.add(stage.key)
         self._note(stage.name, cached=there, seconds=time.monotonic() - start)

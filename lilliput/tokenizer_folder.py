@@ -8,10 +8,23 @@ from typing import Any
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer from a folder; never from the hub, never with remote code."""
-    from transformers import AutoTokenizer
+    """transformers' tokenizer from a folder; never from the hub, never with remote code.
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    The class that the folder names is opened as AutoTokenizer opens it, the fast one first; but AutoTokenizer itself
+    imports scipy, pandas and scikit-learn: 170 MB and some seconds, in every process that reads a text.
+    """
+    return _class_of(folder).from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _class_of(folder: Path) -> Any:
+    """What tokenizer_config.json names; AutoTokenizer where that is nothing that transformers has."""
+    import transformers
+
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    found = getattr(transformers, f"{name}Fast", None) or getattr(transformers, name, None) if name else None
+    return transformers.AutoTokenizer if found is None or "auto_map" in settings else found
 
 
 def stop_tokens(folder: Path, eos: int | None) -> frozenset[int]:

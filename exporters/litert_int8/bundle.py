@@ -25,6 +25,7 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from lilliput.artifact import sha256
 from lilliput.errors import ExportError
 from lilliput.model import QuantizedModel
+from lilliput.tokenizer_folder import load_tokenizer
 
 EPOCH = "1970-01-01T00:00:00+00:00"
 # LiteRT-LM hands a message's content over as a list of parts; templates of text models expect a string.
@@ -88,9 +89,7 @@ def metadata(talk: Conversation, context: int, kind: str = "generic_model") -> A
 
 def conversation(folder: Path) -> Conversation:
     """Read a tokenizer's folder with transformers."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = load_tokenizer(folder)
     template = tokenizer.chat_template
     stops = [tokenizer.eos_token] if tokenizer.eos_token else []
     if template is not None:

@@ -15,15 +15,14 @@ NAME = "coverage.json"
 
 def work(source: Path, samples: Path, evaluation: Path, folder: Path, progress: Progress) -> None:
     """Raises CalibrationError where the two texts are the same in part."""
-    from transformers import AutoTokenizer
-
     from calibration import coverage
     from calibration.overlap import overlap, refuse
     from calibration.samples import load
     from lilliput.source import open_stage
+    from lilliput.tokenizer_folder import load_tokenizer
     from targets.reference import EvaluationSet
 
-    tokenizer = AutoTokenizer.from_pretrained(open_stage(source).tokenizer)
+    tokenizer = load_tokenizer(open_stage(source).tokenizer)
     gathered, judged = load(samples), EvaluationSet.load(evaluation)
     found = overlap(gathered.tokens, judged.tokens)
     refuse(found, judged.tokens, (gathered.provenance.description, judged.description), tokenizer.decode)

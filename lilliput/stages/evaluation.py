@@ -8,12 +8,11 @@ from lilliput.progress import Progress
 
 
 def work(source: Path, text: Path | str, count: int, length: int, folder: Path, progress: Progress) -> None:
-    from transformers import AutoTokenizer
-
     from lilliput.source import open_stage
+    from lilliput.tokenizer_folder import load_tokenizer
     from targets.reference import evaluation_set
 
-    tokenizer = AutoTokenizer.from_pretrained(open_stage(source).tokenizer)
+    tokenizer = load_tokenizer(open_stage(source).tokenizer)
 
     def encode(words: str) -> list[int]:
         return list(tokenizer.encode(words, add_special_tokens=False, verbose=False))

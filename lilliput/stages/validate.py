@@ -130,11 +130,10 @@ def _exact_twin(model: QuantizedModel, held: Held, target: Target, folder: Path)
 
 def _smoke(held: Held, artifact: Artifact) -> Smoke:
     """A question through the chat template, or the beginning of a sentence; greedy tokens follow."""
-    from transformers import AutoTokenizer
-
+    from lilliput.tokenizer_folder import load_tokenizer
     from targets.validate import Smoke
 
-    tokenizer = AutoTokenizer.from_pretrained(held.quantized / "tokenizer")
+    tokenizer = load_tokenizer(held.quantized / "tokenizer")
     prompt, tokens = BEGINNING, tokenizer.encode(BEGINNING, verbose=False)
     if tokenizer.chat_template:
         prompt, turns = QUESTION, [{"role": "user", "content": QUESTION}]
