@@ -56,7 +56,7 @@ class Exporter:
     Options: ClassVar[type[ExporterOptions]] = Options
     packages: ClassVar[tuple[str, ...]] = ("ai_edge_litert", "flatbuffers", "litert_lm_builder")
     extra: ClassVar[str] = "litert"
-    budget_grids: ClassVar[tuple[str, ...]] = ("int4-channel", "int4-b64", "int4-b32", "int8-channel")
+    budget_grids: ClassVar[tuple[str, ...]] = ("int2-channel", "int4-channel", "int4-b64", "int4-b32", "int8-channel")
 
     def refuses(self, spec: GridSpec, role: Role, shape: tuple[int, int]) -> str | None:
         return packing.refusal(spec, shape)

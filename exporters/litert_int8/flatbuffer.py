@@ -39,6 +39,7 @@ TENSOR_TYPES = {
     "int32": schema.TensorType.INT32,
     "int8": schema.TensorType.INT8,
     "int4": schema.TensorType.INT4,
+    "int2": schema.TensorType.INT2,
 }
 
 # Version of each operator: what litert-torch 0.10 and ai-edge-quantizer 0.10 write for the same operator.

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from exporters.litert_int8 import packing
 from exporters.litert_int8.flatbuffer import Blocks, Graph, StoredTensor, read_constants
-from exporters.litert_int8.packing import pack_nibbles, unpack_nibbles
 from lilliput.errors import ArtifactError, ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor, concatenate_rows, narrowest, take_rows
 from lilliput.model import QuantizedModel
+
+BITS = {"int2": 2, "int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +87,9 @@ class Weights:
 
 def store(tensor: QuantizedTensor) -> Stored:
     """Codes and scales in the file's layout."""
-    if tensor.spec.block_size:
-        blocks = Blocks(tensor.scales.astype(np.float16), tensor.spec.block_size)
-        return Stored(pack_nibbles(tensor.codes), "int4", tensor.shape, blocks)  # type: ignore[arg-type]
-    scales = tensor.scales[:, 0]
-    if tensor.spec.bits == 8:
-        return Stored(tensor.codes, "int8", tensor.shape, scales)
-    return Stored(pack_nibbles(tensor.codes), "int4", tensor.shape, scales)  # type: ignore[arg-type]
+    bits, width = tensor.spec.bits, tensor.spec.block_size
+    scales = Blocks(tensor.scales.astype(np.float16), width) if width else tensor.scales[:, 0]
+    return Stored(packing.pack(tensor.codes, bits), f"int{bits}", tensor.shape, scales)  # type: ignore[arg-type]
 
 
 def read(path: Path) -> dict[str, QuantizedTensor | Float]:
@@ -126,11 +124,11 @@ def unpack(stored: StoredTensor) -> QuantizedTensor | Float:
     """The numbers of a constant, from the file's own bytes."""
     if stored.type == "float32":
         return stored.data.view(np.float32).reshape(stored.shape)
-    if stored.scales is None or len(stored.shape) != 2 or stored.type not in ("int4", "int8"):
+    if stored.scales is None or len(stored.shape) != 2 or stored.type not in BITS:
         raise ArtifactError(f"{stored.name}: {stored.type} {stored.shape} without scales is no weight of Lilliput's")
     shape = (stored.shape[0], stored.shape[1])
-    codes = unpack_nibbles(stored.data, shape) if stored.type == "int4" else stored.data.view(np.int8).reshape(shape)
-    bits = 4 if stored.type == "int4" else 8
+    bits = BITS[stored.type]
+    codes = packing.unpack(stored.data, bits, shape)
     if isinstance(stored.scales, Blocks):
         return QuantizedTensor(GridSpec(bits, stored.scales.block_size), codes, stored.scales.scales.astype(np.float32))
     scales = stored.scales.reshape(-1, 1)

@@ -29,6 +29,7 @@ from lilliput.inspection.tflite_file import OPERATOR_NAMES, TYPE_NAMES
 
 Bytes = npt.NDArray[np.uint8]
 NUMPY = {"FLOAT32": "<f4", "FLOAT16": "<f2", "INT8": "i1", "UINT8": "u1", "INT16": "<i2", "INT32": "<i4"}
+PACKED = {"INT2": 2, "INT4": 4}  # bits of a code, the first in a byte's lowest
 ROOTS = ("embedding", "position_embedding", "layers", "norm", "head")
 
 
@@ -89,9 +90,8 @@ class TfliteFile:
         if raw is None:
             raise NotCheckedError(f"{name_of(tensor)} has no bytes")
         try:
-            if kind == "INT4":
-                nibbles = np.stack([raw & 15, raw >> 4], axis=1).reshape(-1)[: int(np.prod(shape))]
-                return ((nibbles.astype(np.int8) ^ 8) - 8).reshape(shape)
+            if kind in PACKED:
+                return _unpacked(raw, PACKED[kind])[: int(np.prod(shape))].reshape(shape)
             return raw.view(NUMPY[kind]).reshape(shape)
         except (KeyError, ValueError) as error:
             raise NotCheckedError(f"{name_of(tensor)}: {kind} {shape} has {len(raw)} bytes") from error
@@ -191,7 +191,7 @@ def tensors(file: TfliteFile, found: tuple[TensorFound, ...]) -> tuple[Tensor, .
         for tensor in graph.tensors:
             name = name_of(tensor)
             kind = TYPE_NAMES[tensor.type]
-            if name in wanted and name not in made and kind in NUMPY | {"INT4": ""} and kind != "INT32":
+            if name in wanted and name not in made and kind in (*NUMPY, *PACKED) and kind != "INT32":
                 made[name] = _tensor(file, graph, tensor, wanted[name])
     return tuple(made.values())
 
@@ -212,6 +212,13 @@ def _tensor(file: TfliteFile, graph: Graph, tensor: Any, found: TensorFound) -> 
         1 if kind == "INT4" else 0,
         _parts(found.name, found.shape[0] if found.shape else 1),
     )
+
+
+def _unpacked(raw: Bytes, bits: int) -> npt.NDArray[np.int8]:
+    """The codes of bytes, in order, in two's complement."""
+    fields = raw[:, None] >> np.arange(0, 8, bits, dtype=np.uint8) & ((1 << bits) - 1)
+    sign = 1 << (bits - 1)
+    return np.asarray((fields.reshape(-1) ^ sign).astype(np.int8) - sign, np.int8)
 
 
 def _parts(name: str, rows: int) -> tuple[Part, ...]:

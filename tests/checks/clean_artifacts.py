@@ -63,6 +63,7 @@ CLEAN = (
     Clean("litert_int8", linear="int8-channel", solver=("smoothquant", "gptq")),
     Clean("litert_int8", overrides=BIASES, linear="int4-b64", solver=("awq", "rtn")),
     Clean("litert_int8", overrides=UNTIED, linear="int4-channel", table="int4-b32"),
+    Clean("litert_int8", linear="int2-channel", solver="gptq"),
 )
 
 

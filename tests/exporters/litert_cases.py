@@ -49,6 +49,7 @@ RULES: Mapping[str, Mapping[str, str]] = {
     "common": {"linear": "int4-b32", "embedding": "int8-channel", "head": "int8-channel"},
     "eight bit": {"linear": "int8-channel", "embedding": "int8-channel", "head": "int8-channel"},
     "four bit": {"linear": "int4-b64", "embedding": "int4-b32", "head": "int4-channel"},
+    "two bit": {"linear": "int2-channel", "embedding": "int2-channel-f32", "head": "int2-channel"},
     "float tables": {"linear": "int4-channel-f32", "embedding": "float", "head": "float"},
     "float linears": {"linear": "float", "embedding": "int8-channel", "head": "int8-channel"},
     "layers apart": {"linear": "int4-b32", "layers.1.attention.v": "int8-channel", "layers.1.mlp.up": "float",

@@ -19,7 +19,10 @@ from exporters.litert_int8.weights import Stored, store
 from lilliput.grid import Float, QuantizedTensor, grid, round_scale
 
 ROWS, COLS, TOKENS = 48, 256, 5
-LINEAR_GRIDS = ("int8-channel", "int8-channel-f32", "int4-channel", "int4-b32", "int4-b64", "int4-b128", "int4-b256")
+LINEAR_GRIDS = (
+    "int8-channel", "int8-channel-f32", "int4-channel", "int4-b32", "int4-b64", "int4-b128", "int4-b256",
+    "int2-channel",
+)  # fmt: skip
 
 
 def random_tensor(name: str, rows: int = ROWS, cols: int = COLS) -> QuantizedTensor:
@@ -88,7 +91,9 @@ def test_float_linear_is_float32(tmp_path: Path) -> None:
     assert error_in_units_of_the_terms(seen, x, weight) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["int8-channel", "int8-channel-f32", "int4-channel", "int4-b32", "int4-b128"])
+@pytest.mark.parametrize(
+    "name", ["int8-channel", "int8-channel-f32", "int4-channel", "int4-b32", "int4-b128", "int2-channel"]
+)
 def test_lookup_gives_the_dequantized_rows(tmp_path: Path, name: str) -> None:
     tensor = random_tensor(name)
     stored, model = store(tensor), Model()
