@@ -8,9 +8,9 @@ A token needs every weight once, so no runtime decodes more than bandwidth / byt
 
 is what it reaches of that, measured as `python -m benchmarks` measures, and wanted at least SHARES. The model is the
 GPT-2 shape (benchmarks/models.py); each file is `quantize: {budget_mb: 63}`, whose sensitivities are those of random
-weights: how many bytes the grids take is what counts here, not which matrix has which. LiteRT's at int4-channel throughout
-would have 64 MB (positions, biases and scales are float32): a few matrices have 2 bits. A file above the budget is a miss
-whatever its share is.
+weights: how many bytes the grids take is what counts here, not which matrix has which. LiteRT's file would have 64 MB
+at int4-channel throughout (positions, biases and scales are float32): a few matrices have 2 bits. A file above the
+budget is a miss whatever its share is.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def recipe(source: str) -> Recipe:
     targets = [
         {"name": "onnx", "exporter": "onnx_int4", "runtime": "ort_cpu"},
         {"name": "gguf", "exporter": "gguf_llamacpp", "runtime": "llamacpp_cpu"},
-        {
-            "name": "litert", "exporter": {"name": "litert_int8", "bundle": False}, "runtime": "litert_cpu",
-        },
+        {"name": "litert", "exporter": {"name": "litert_int8", "bundle": False}, "runtime": "litert_cpu"},
     ]  # fmt: skip
     whole = {
         "name": GPT2, "model": {"source": source, "name": GPT2}, "context": CONTEXT, "prefill": PREFILL,

@@ -60,7 +60,7 @@ def _block_refusal(spec: GridSpec, cols: int) -> str | None:
 def pack(codes: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
     """Codes of 2, 4 or 8 bits, any multiple of a byte of them → (count * bits / 8,) uint8."""
     fields = codes.reshape(-1, 8 // bits).astype(np.uint8) & ((1 << bits) - 1)
-    return np.bitwise_or.reduce(fields << _shifts(bits), axis=1, dtype=np.uint8)
+    return np.asarray(np.bitwise_or.reduce(fields << _shifts(bits), axis=1), dtype=np.uint8)
 
 
 def unpack(data: npt.NDArray[np.uint8], bits: int, shape: tuple[int, int]) -> npt.NDArray[np.int8]:
