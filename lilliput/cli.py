@@ -204,7 +204,7 @@ def ladder(
 
 @app.command()
 def network(
-    source: Annotated[str, typer.Argument(help="An encoder's folder, package:NAME/FILE, or a .pt2 of torch.export.")],
+    source: Annotated[str, typer.Argument(help="An encoder's folder, package:NAME/FILE, a .pt2, Keras or SavedModel.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     exporter: Annotated[str, typer.Option(help="`lilliput list network_exporters`.")] = "onnx_qdq",
     runtime: Annotated[str, typer.Option(help="`lilliput list network_runtimes`.")] = "ort_static_cpu",
@@ -215,7 +215,7 @@ def network(
     min_sqnr: Annotated[float, typer.Option(help="The gate on the loss, in dB.")] = 30.0,
     chip: Annotated[str | None, typer.Option(help="A Snapdragon whose NPU is to take the nodes.")] = None,
     npu_floor: Annotated[float, typer.Option(min=0, max=1, help="The gate on their share.")] = 1.0,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read a .pt2, which can run code.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read a .pt2, or Lambda layers.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Quantize an encoder or CNN for static integer runtimes, export it, and prove the file."""

@@ -16,23 +16,32 @@ from typing import Any
 @dataclass(frozen=True)
 class Delegation:
     """What XNNPACK took of a file's first subgraph (of a decoder's file, the decode step): how many parts it made of
-    it, and the operators left to LiteRT's own kernels, by name and count."""
+    it, the operators that run in them, and those left to LiteRT's own kernels, by name and count."""
 
     partitions: int
-    delegated: int
+    taken: dict[str, int]
     left: dict[str, int]
+
+    @property
+    def delegated(self) -> int:
+        return sum(self.taken.values())
 
     @property
     def share(self) -> float:
         """Of all operators, those that the delegate runs: 0 to 1."""
-        return self.delegated / (self.delegated + sum(self.left.values()))
+        return self.delegated / max(1, self.delegated + sum(self.left.values()))
 
     def __str__(self) -> str:
-        left = ", ".join(f"{name} {count}" for name, count in self.left.items()) or "nothing"
         return (
             f"{self.delegated} of {self.delegated + sum(self.left.values())} operators ({self.share:.1%}) in "
-            f"{self.partitions} parts, left to LiteRT's own kernels: {left} (asked of the interpreter, first subgraph)"
+            f"{self.partitions} parts, left to LiteRT's own kernels: {counted(self.left)} (asked of the interpreter, "
+            "first subgraph)"
         )
+
+
+def counted(operators: dict[str, int]) -> str:
+    """ "CONV_2D 3, MEAN 1", or "nothing"."""
+    return ", ".join(f"{name} {count}" for name, count in operators.items()) or "nothing"
 
 
 def delegation(path: Path) -> Delegation:
@@ -57,4 +66,5 @@ def delegation(path: Path) -> Delegation:
             running[maker["index"]] = maker
             wanted += [int(t) for t in maker["inputs"] if t >= 0]
     left = Counter(o["op_name"] for o in running.values() if o["op_name"] != "DELEGATE")
-    return Delegation(len(parts), len(operators) - len(parts) - left.total(), dict(sorted(left.items())))
+    taken = Counter(o["op_name"] for o in operators if o["op_name"] != "DELEGATE") - left
+    return Delegation(len(parts), dict(sorted(taken.items())), dict(sorted(left.items())))

@@ -2,6 +2,9 @@
 
     source ─► trace ─► calibrate ─► solve ─► export ─► read back ─► on its runtime ─► report.json
 
+A Keras model or SavedModel is not traced: tensorflow's own converter chooses the codes (lilliput.converted), and two
+interpreters must agree on its file.
+
 Samples are text for a model with a tokenizer (paragraphs; Python's reference where none is given), or an .npz file with
 one array (n, …) per input. Every HELD_OUT-th sample is kept from calibration and judges. The loss is SQNR in dB, one
 figure a rung: the solved network in torch (`twin`), and the file on its runtime (`runtime`). Gates: the file reads back
@@ -22,9 +25,13 @@ from torch import Tensor
 from calibration import network_solve
 from calibration.clipping import RangeOptions
 from calibration.network_statistics import gather
-from lilliput import output, registry
-from lilliput.artifact import sha256
-from lilliput.errors import CalibrationError
+from lilliput import converted, output, registry
+from lilliput.artifact import Artifact, sha256
+from lilliput.checks import check
+from lilliput.converted.judged import agreement, float_left, steps
+from lilliput.delegation import Delegation, counted, delegation
+from lilliput.errors import CalibrationError, InputError
+from lilliput.grid import Float
 from lilliput.network import Network, QuantizedNetwork
 from lilliput.network.run import run, run_quantized
 from lilliput.results import Record, Verdict, worst
@@ -34,6 +41,7 @@ from lilliput.texts import calibration_text
 from targets.npu import Coverage, cover, soc
 
 HELD_OUT = 8
+SOLVED = ("exporter", "runtime", "activations", "solver", "positions", "chip")  # what is not asked of a converter
 MOST_DB = 200.0  # below float32's own rounding
 LEAST_CHARACTERS = 60  # of a paragraph
 Batch = dict[str, Tensor]
@@ -85,6 +93,7 @@ class NetworkReport(Record):
     held_out: int
     sqnr_db: dict[str, float]
     coverage: Coverage | None
+    xnnpack: Delegation | None  # of a .tflite: which operators LiteRT's CPU delegate takes
     gates: tuple[NetworkGate, ...]
     verdict: Verdict
 
@@ -97,6 +106,8 @@ def quantize(request: Request) -> NetworkReport:
         soc(request.chip)
     output.check(request.out)
     path = resolve(request.source)
+    if converted.is_source(path):
+        return _of_tensorflow(request, path)
     source = open_network(path, positions=request.positions, allow_pickle=request.allow_pickle)
     given = samples(source, request)
     held, kept = given[::HELD_OUT], [batch for i, batch in enumerate(given) if i % HELD_OUT]
@@ -118,9 +129,10 @@ def _written(
     differences = plugin.differences(model, artifact)
     held, calibrated = given
     exact = [run(model.network, batch) for batch in held]
+    chip = {"chip": request.chip} if request.chip and request.runtime == "qnn_npu" else {}
     found = {
         "twin": sqnr_db(exact, [run_quantized(model, batch) for batch in held]),
-        "runtime": sqnr_db(exact, _on_runtime(request, artifact, held)),
+        "runtime": sqnr_db(exact, _on_runtime(request.runtime, artifact, held, **chip)),
     }
     coverage = cover.coverage(artifact.path, soc(request.chip)) if request.chip else None
     gates = [
@@ -133,19 +145,68 @@ def _written(
         source=request.source, proof=source.proof, notes=(*source.network.notes, *notes), solved=dict(model.provenance),
         file=artifact.main_file, sha256=sha256(artifact.path), size_bytes=artifact.size_bytes,
         differences=tuple(differences), calibration_samples=calibrated, held_out=len(held), sqnr_db=found,
-        coverage=coverage, gates=tuple(gates), verdict=worst([gate.verdict for gate in gates]),
+        coverage=coverage, xnnpack=_xnnpack(artifact.path), gates=tuple(gates),
+        verdict=worst([gate.verdict for gate in gates]),
     )  # fmt: skip
 
 
-def _on_runtime(request: Request, artifact: object, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    runtime = registry.load("network_runtimes", request.runtime)()
-    chip = {"chip": request.chip} if request.chip and request.runtime == "qnn_npu" else {}
+def _xnnpack(path: Path) -> Delegation | None:
+    return delegation(path) if path.suffix == ".tflite" else None
+
+
+def _of_tensorflow(request: Request, path: Path) -> NetworkReport:
+    """The file that tensorflow's converter makes, judged on both interpreters."""
+    asked = [name for name in SOLVED if getattr(request, name) != Request.model_fields[name].default]
+    if asked:
+        raise InputError(f"{path}: tensorflow's converter chooses its codes, not {', '.join(asked)}: leave that out")
+    made = converted.convert(
+        path, request.samples, held_out=HELD_OUT, most=request.count, allow_unsafe=request.allow_pickle
+    )
+    with output.claimed(request.out):
+        artifact = Artifact(request.out, converted.EXPORTER, "model.tflite", 0, 0)
+        artifact.path.write_bytes(made.tflite)
+        report = _judged(request, made, artifact)
+        (request.out / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def _judged(request: Request, made: converted.Converted, artifact: Artifact) -> NetworkReport:
+    split = [{name: torch.from_numpy(x[i]) for name, x in made.inputs.items()} for i in range(made.held_out)]
+    exact = [{name: torch.from_numpy(x[i]) for name, x in made.outputs.items()} for i in range(made.held_out)]
+    found = {runtime: _on_runtime(runtime, artifact, split) for runtime in converted.RUNTIMES}
+    losses = {runtime: sqnr_db(exact, answers) for runtime, answers in found.items()}
+    agreed = agreement(steps(artifact.path), made.outputs, *(_together(answers) for answers in found.values()))
+    left, checked = float_left(artifact.path), check(artifact.path)
+    gates = [
+        NetworkGate(name="sqnr_db", seen=min(losses.values()), least=request.min_sqnr_db),
+        NetworkGate(name="agreement", seen=agreed.share, least=1.0),
+        NetworkGate(name="truth_check", seen=float(not checked.errors), least=1.0),
+    ]
+    if request.integer == "all":
+        gates.insert(0, NetworkGate(name="integer_share", seen=left.integer_share, least=1.0))
+    notes = [str(agreed), *(f"left in float: {place}" for place in left.places)]
+    notes += [f"truth-check: {f.severity} {f.rule} at {f.place}: {f.seen}" for f in checked.findings]
+    return NetworkReport(
+        source=request.source, proof=made.proof, notes=tuple(notes), solved=converted.provenance(made),
+        file=artifact.main_file, sha256=sha256(artifact.path), size_bytes=artifact.size_bytes, differences=(),
+        calibration_samples=made.calibration_samples, held_out=made.held_out, sqnr_db=losses, coverage=None,
+        xnnpack=_xnnpack(artifact.path), gates=tuple(gates), verdict=worst([gate.verdict for gate in gates]),
+    )  # fmt: skip
+
+
+def _on_runtime(name: str, artifact: Artifact, batches: Sequence[Batch], **chip: str) -> list[dict[str, Tensor]]:
+    runtime = registry.load("network_runtimes", name)()
     session = runtime.open(artifact, 1, **chip)
     try:
         found = [session.run({name: x.numpy() for name, x in batch.items()}) for batch in batches]
     finally:
         session.close()
     return [{name: torch.from_numpy(array) for name, array in answer.items()} for answer in found]
+
+
+def _together(answers: Sequence[Mapping[str, Tensor]]) -> dict[str, Float]:
+    """(n, 1, …) by output."""
+    return {name: np.stack([answer[name].numpy() for answer in answers]) for name in answers[0]}
 
 
 def sqnr_db(exact: Sequence[Mapping[str, Tensor]], found: Sequence[Mapping[str, Tensor]]) -> float:
@@ -222,5 +283,6 @@ def lines(report: NetworkReport) -> list[str]:
         *report.notes,
         f"SQNR against float on {report.held_out} held-out samples: {rungs}",
         *([report.coverage.sentence()] if report.coverage else []),
+        *([f"XNNPACK takes {counted(report.xnnpack.taken)}: {report.xnnpack}"] if report.xnnpack else []),
         *(f"{gate.verdict} {gate.name}: {gate.seen:.4g}, at least {gate.least:.4g}" for gate in report.gates),
     ]

@@ -19,10 +19,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from lilliput import inspection
+from lilliput import child, inspection
 from lilliput.checks.gguf_view import GgufFile, open_file
 from lilliput.errors import InputError
-from lilliput.file_ladder import child, gguf_child
+from lilliput.file_ladder import gguf_child
 from lilliput.file_ladder.found import RungName
 from lilliput.file_ladder.locate import GraphOrder, Operator
 from lilliput.grid import Float

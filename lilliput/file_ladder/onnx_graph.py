@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from lilliput import child
 from lilliput.checks.onnx_view import place
 from lilliput.errors import InputError
-from lilliput.file_ladder import child, onnx_child
+from lilliput.file_ladder import onnx_child
 from lilliput.file_ladder.found import RungName
 from lilliput.file_ladder.locate import GraphOrder, Operator
 from lilliput.file_ladder.onnx_twins import Arithmetic, twin

@@ -28,9 +28,10 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from lilliput import child
 from lilliput.checks.tflite_view import CACHE, Graph, TfliteFile, block_size, open_file
 from lilliput.errors import InputError
-from lilliput.file_ladder import child, tflite_child
+from lilliput.file_ladder import tflite_child
 from lilliput.file_ladder.found import RungName
 from lilliput.file_ladder.locate import GraphOrder, Operator
 from lilliput.grid import Float

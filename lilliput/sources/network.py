@@ -72,7 +72,7 @@ def open_network(path: Path, *, positions: int = 128, allow_pickle: bool = False
         return _folder(path, positions)
     if path.suffix == ".pt2":
         return _program(path, allow_pickle)
-    raise SourceError(f"{path}: wanted a Hugging Face folder or a .pt2 file of torch.export")
+    raise SourceError(f"{path}: wanted a Hugging Face folder, a .pt2 of torch.export, a Keras model or a SavedModel")
 
 
 def _folder(path: Path, positions: int) -> NetworkSource:

@@ -6,6 +6,7 @@ reference's own arithmetic rather than XNNPACK's: a file on which both agree say
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import partial
 from importlib.metadata import version
@@ -16,11 +17,12 @@ from targets.runtimes.litert_static_cpu import InterpreterSession
 
 
 class NetworkRuntime:
-    exporters: ClassVar[tuple[str, ...]] = ("litert_static",)
+    exporters: ClassVar[tuple[str, ...]] = ("litert_static", "tensorflow_converter")
     packages: ClassVar[tuple[str, ...]] = ("tensorflow",)
     extra: ClassVar[str] = "litert"
 
     def open(self, artifact: Artifact, threads: int) -> InterpreterSession:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it tells of the processor at length
         import tensorflow as tf
 
         resolver = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
