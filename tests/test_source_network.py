@@ -107,7 +107,7 @@ def test_what_is_no_plain_encoder_is_refused(changes: dict[str, Any], named: str
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no readable config\.json"):
         open_network(tmp_path)
-    with pytest.raises(SourceError, match=r"wanted a Hugging Face folder or a \.pt2"):
+    with pytest.raises(SourceError, match=r"wanted a Hugging Face folder, a \.pt2"):
         open_network(tmp_path / "model.onnx")
     with pytest.raises(SourceError, match="the model has 1 to 12"):
         open_network(folder(tmp_path / "tiny"), positions=64)
