@@ -144,6 +144,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Find what is wrong with it (lilliput list rules).")] = False,
     source: Annotated[str | None, typer.Option(help="With --check: the float model that it was made from.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="With --check: LiteRT's GPU delegate is to take it.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show what a file or folder holds: bits per class of tensors, metadata, and whether its manifest is kept.
@@ -153,8 +154,8 @@ def inspect(
     from lilliput import terminal
     from lilliput.inspection import inspect as look
 
-    if check or source:
-        raise typer.Exit(_check(path, source, as_json))
+    if check or source or gpu:
+        raise typer.Exit(_check(path, source, gpu, as_json))
     found = look(path)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
@@ -163,13 +164,13 @@ def inspect(
     raise typer.Exit(0 if found.intact else 2)
 
 
-def _check(path: Path, source: str | None, as_json: bool) -> int:
+def _check(path: Path, source: str | None, gpu: bool, as_json: bool) -> int:
     from contextlib import nullcontext
 
     from lilliput import checks, terminal
 
     with checks.open_source(source) if source else nullcontext() as opened:
-        checked = checks.check(path, opened)
+        checked = checks.check(path, opened, gpu=gpu)
     if as_json:
         typer.echo(checked.model_dump_json(indent=2))
     else:

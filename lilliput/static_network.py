@@ -185,7 +185,7 @@ def _judged(request: Request, made: converted.Converted, artifact: Artifact) -> 
     if request.integer == "all":
         gates.insert(0, NetworkGate(name="integer_share", seen=left.integer_share, least=1.0))
     notes = [str(agreed), *(f"left in float: {place}" for place in left.places)]
-    notes += [f"truth-check: {f.severity} {f.rule} at {f.place}: {f.seen}" for f in checked.findings]
+    notes += [f"truth-check: {f.severity} {f.rule} at {f.place}: {f.seen}" for f in (*checked.findings, *checked.notes)]
     return NetworkReport(
         source=request.source, proof=made.proof, notes=tuple(notes), solved=converted.provenance(made),
         file=artifact.main_file, sha256=sha256(artifact.path), size_bytes=artifact.size_bytes, differences=(),

@@ -227,13 +227,13 @@ def show_verification(found: Verification) -> None:
         out.print("[bold green]verified[/]: everything is as the manifest says")
 
 
-SEVERITY_COLOURS = {"error": "bold red", "warning": "yellow"}
+SEVERITY_COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
 def show_checked(checked: Checked) -> None:
     """Each finding: rule, place, what was seen; why it matters and what to do. Then what could not be looked at."""
     out = console()
-    for found in checked.findings:
+    for found in (*checked.findings, *checked.notes):
         colour = SEVERITY_COLOURS[found.severity]
         head = f"[{colour}]{found.severity}[/] {found.rule}  {escape(found.place)}: {escape(found.seen)}"
         out.print(head, soft_wrap=True)
@@ -244,7 +244,7 @@ def show_checked(checked: Checked) -> None:
     errors, count = len(checked.errors), len(checked.findings)
     out.print(
         f"{checked.path}: {len(checked.rules)} rules of {checked.format} files, {errors} errors, "
-        f"{count - errors} warnings, {len(checked.not_checked)} rules not checked",
+        f"{count - errors} warnings, {len(checked.notes)} notes, {len(checked.not_checked)} rules not checked",
         markup=False,
         soft_wrap=True,
     )

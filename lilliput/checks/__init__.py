@@ -57,8 +57,11 @@ def known() -> tuple[Rule, ...]:
     return tuple(sorted((rule for module in modules for rule in module.RULES), key=lambda rule: rule.id))
 
 
-def check(path: Path, source: Source | None = None) -> Checked:
-    """Ask every rule that fits the file's format. Raises ArtifactError for a file that cannot be opened."""
+def check(path: Path, source: Source | None = None, *, gpu: bool = False) -> Checked:
+    """Ask every rule that fits the file's format; `gpu`: notes are errors, as the file is meant for a GPU.
+
+    Raises ArtifactError for a file that cannot be opened.
+    """
     with opened(path, source) as file:
         asked = [r for r in known() if file.format in r.formats and (r.needs == "file" or source is not None)]
         found, skipped = list[Finding](), list[str]()
@@ -72,12 +75,15 @@ def check(path: Path, source: Source | None = None) -> Checked:
                 skipped.append(
                     f"{rule.id}: the file is damaged, or unlike what is known ({type(error).__name__}: {error})"
                 )
+        if gpu:
+            found = [f.model_copy(update={"severity": "error"}) if f.severity == "note" else f for f in found]
         return Checked(
             path=str(path),
             format=file.format,
-            findings=tuple(sorted(found, key=lambda f: f.severity)),
+            findings=tuple(sorted((f for f in found if f.severity != "note"), key=lambda f: f.severity)),
             rules=tuple(rule.id for rule in asked),
             not_checked=tuple(skipped),
+            notes=tuple(f for f in found if f.severity == "note"),
         )
 
 

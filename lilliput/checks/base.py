@@ -2,7 +2,8 @@
 
 A rule looks at an opened file (lilliput.checks.opened) and yields what it saw and where. Its reason names a public
 report of the defect, so that a finding can be looked up; its fix says what to do. Rules of severity "error" are about
-files that compute wrong numbers or do not load; "warning" is what makes a file slow, large or doubtful.
+files that compute wrong numbers or do not load; "warning" is what makes a file slow, large or doubtful. "note" is what
+only some targets cannot run: it is no alarm, until it is asked for such a target, where it is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lilliput.checks.opened import Opened
 
 Format = Literal["onnx", "gguf", "tflite", "safetensors"]
-Severity = Literal["error", "warning"]
+Severity = Literal["error", "warning", "note"]
 
 EVERY: tuple[Format, ...] = ("onnx", "gguf", "tflite", "safetensors")
 RUNTIMES: tuple[Format, ...] = ("onnx", "gguf", "tflite")
@@ -73,13 +74,14 @@ class Finding(Record):
 
 
 class Checked(Record):
-    """The truth-check of one file. `not_checked` are rules that could not look, each with why."""
+    """The truth-check of one file. `not_checked` are rules that could not look, each with why; `notes` alarm nobody."""
 
     path: str
     format: Format
     findings: tuple[Finding, ...]
     rules: tuple[str, ...]  # the ids that were asked
     not_checked: tuple[str, ...] = ()
+    notes: tuple[Finding, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -35,11 +35,12 @@ ROOTS = ("embedding", "position_embedding", "layers", "norm", "head")
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator of a subgraph: its name, and indices of tensors (-1: absent)."""
+    """One operator of a subgraph: its name, indices of tensors (-1: absent), and its options, of the schema's class."""
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    options: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +143,7 @@ def _operator_name(code: Any) -> str:
 
 def _graph(graph: Any, codes: list[str], signature: Any) -> Graph:
     operators = tuple(
-        Operator(codes[o.opcodeIndex], tuple(map(int, o.inputs)), tuple(map(int, o.outputs)))
+        Operator(codes[o.opcodeIndex], tuple(map(int, o.inputs)), tuple(map(int, o.outputs)), o.builtinOptions)
         for o in graph.operators or ()
     )
     name = signature.signatureKey if signature else graph.name or b""

@@ -210,7 +210,7 @@ def test_the_command_prints_findings_and_answers_by_them(folder: Path, capsys: p
 def test_a_sound_file_answers_zero_with_its_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny_gguf.write_llama(folder / "m.gguf", folder, gguf.GGMLQuantizationType.Q8_0, [template])
     assert run("inspect", str(path), "--check", "--source", str(folder)) == 0
-    assert "0 errors, 0 warnings, 0 rules not checked" in " ".join(capsys.readouterr().out.split())
+    assert "0 errors, 0 warnings, 0 notes, 0 rules not checked" in " ".join(capsys.readouterr().out.split())
 
 
 def template(writer: tiny_gguf.Writer) -> None:
