@@ -6,7 +6,8 @@ to neighbouring codes: LiteRT's quantization specification (https://ai.google.de
 quantization/quantization_spec) asks for no equal bits, but for each operator within a tolerance. A code that flips in
 an early layer reaches the output as noise of the same kind as rounding's own, which is part of the loss against float.
 So no output value may differ between the interpreters by more than one code of its grid, or than the root mean square
-of the better one's loss where that is more: what is beyond that is no rounding.
+of the better one's loss where that is more. Beyond that the file's answers depend on whose kernels run it: one of them
+is wrong, or the network amplifies rounding (an untrained MobileNetV2 of 64 operators did, at 6 to 8 dB SQNR).
 """
 
 from __future__ import annotations
