@@ -54,15 +54,13 @@ def generate(decoder: Decoder, sampling: Sampling, progress: Progress = silent) 
     batches = -(-sampling.count // batch)
     generator = torch.Generator().manual_seed(sampling.seed)
     starts = _starts(config.vocab_size, sampling, generator)
-    rows, total = [], batches * sampling.length
+    tokens, total = np.empty((sampling.count, sampling.length), np.int32), batches * sampling.length
     for index, begin in enumerate(range(0, sampling.count, batch)):
         steps = _generate(decoder, starts[begin : begin + batch], sampling, generator)
-        columns = []
-        for column in steps:
-            columns.append(column)
-            progress(index * sampling.length + len(columns), total)
-        rows.append(torch.stack(columns, dim=1))
-    return torch.cat(rows).numpy().astype(np.int32)
+        for position, column in enumerate(steps):
+            tokens[begin : begin + batch, position] = column  # copied: kept tensors would split the heap's free blocks
+            progress(index * sampling.length + position + 1, total)
+    return tokens
 
 
 def batch_size(config: DecoderConfig, sampling: Sampling) -> int:

@@ -41,6 +41,8 @@ from lilliput.tokenizer_folder import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from calibration.generation import Sampling
+
 Tokens = npt.NDArray[np.int32]
 
 DATASET = "dataset:"
@@ -154,11 +156,21 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _generated(source: SourceModel, options: SampleOptions, progress: Progress) -> Samples:
-    from calibration.generation import Sampling, generate
+    from calibration.generation import generate
     from lilliput.decoder import build
 
+    sampling = _sampling(source, options)  # the tokenizer is gone before the weights come
+    tokens = generate(build(source), sampling, progress)
+    text = f"sampled from {source.name}: seed {options.seed}, temperature {options.temperature}, top_k {options.top_k}"
+    digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
+    return Samples(tokens, Provenance("self", text, digest, *tokens.shape))
+
+
+def _sampling(source: SourceModel, options: SampleOptions) -> Sampling:
+    from calibration.generation import Sampling
+
     tokenizer = load_tokenizer(source.tokenizer)
-    sampling = Sampling(
+    return Sampling(
         count=options.count,
         length=options.length,
         seed=options.seed,
@@ -167,10 +179,6 @@ def _generated(source: SourceModel, options: SampleOptions, progress: Progress) 
         first_tokens=tuple(_prefix(tokenizer)),
         banned=tuple(tokenizer.all_special_ids),
     )
-    tokens = generate(build(source), sampling, progress)
-    text = f"sampled from {source.name}: seed {options.seed}, temperature {options.temperature}, top_k {options.top_k}"
-    digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
-    return Samples(tokens, Provenance("self", text, digest, *tokens.shape))
 
 
 def _documents(source: SourceModel, options: SampleOptions) -> tuple[str, Iterable[str]]:
