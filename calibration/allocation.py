@@ -24,7 +24,8 @@ the gradients, for the tied embedding too (calibration.sensitivity.Guided).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ from lilliput.results import Record
 
 LAYERS = 3  # of the model, whose matrices tell what the solver gains over RTN
 ROWS = 512  # of such a matrix
-HELD = 6  # samples that corrections are measured on
+HELD = 6  # samples that corrections and finalists are measured on
 MIDDLE = "int4-b32"  # the grid that they are measured on
 TINY = 1e-6  # the least ratio
 GPTQ = Plugin(name="gptq")
@@ -200,9 +201,8 @@ def correct(
     """What the prices are multiplied by, matrix by matrix. `statistics`, `samples`: all of the calibration."""
     names = [name for name in source.config.parameter_shapes() if role_of(name) != "vector"]
     priced = price(source, Guided(statistics, sensitivity), sensitivity, MIDDLE, solver).of
-    judged, found = held_out(samples, sensitivity, HELD), dict[str, float]()
-    with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
-        seen = Guided(Without(statistics, gather(source, judged, Path(scratch))), sensitivity)
+    found = dict[str, float]()
+    with unseen(source, statistics, sensitivity, samples) as (judged, seen):
         for role in dict.fromkeys(map(role_of, names)):
             rules = [Rule(match=name, grid=MIDDLE, solver=solver) for name in names if role_of(name) == role]
             solved = solve(source, [*rules, Rule(match="*", grid=FLOAT)], seen).quantized
@@ -213,6 +213,16 @@ def correct(
                 guess = priced[name].loss if name in priced else 0.0
                 found[name] = scale * (loss / guess if guess > 0 and loss > 0 else 1.0)
     return Corrections(of=found)
+
+
+@contextmanager
+def unseen(
+    source: SourceModel, statistics: Statistics, sensitivity: Sensitivity, samples: Samples
+) -> Iterator[tuple[Samples, Guided]]:
+    """Samples that judge, which the sensitivity does not come from, and the statistics of all others."""
+    judged = held_out(samples, sensitivity, HELD)
+    with tempfile.TemporaryDirectory(prefix="lilliput-") as scratch:
+        yield judged, Guided(Without(statistics, gather(source, judged, Path(scratch))), sensitivity)
 
 
 def _rounded(weight: Float, spec: GridSpec, statistics: InputStatistics, curvature: Curvature) -> float:

@@ -21,13 +21,31 @@ class Choice(Record):
     loss: float
 
 
+class Finalist(Record):
+    """An allocation that was solved and measured on samples that its solve had not seen."""
+
+    tables: str  # embedding on int4-b32
+    loss: float  # predicted
+    kld: float  # measured
+
+
 class Allocation(Record):
-    """All matrices of one target. `file_bytes` is the size of a file with these grids, written and counted."""
+    """All matrices of one target. `file_bytes` is the size of a file with these grids, written and counted.
+
+    `finalists` are those that predictions could not tell apart, this one among them; none where it had no rival.
+    """
 
     target: str
     limit_bytes: int | None  # of the file; None: the budget was bits per weight
     file_bytes: int | None
     choices: tuple[Choice, ...]
+    finalists: tuple[Finalist, ...] = ()
+
+    @property
+    def tables(self) -> str:
+        """Where embedding and head went."""
+        tables = (choice for choice in self.choices if role_of(choice.name) != "linear")
+        return ", ".join(f"{choice.name} on {choice.grid}" for choice in tables)
 
     @property
     def loss(self) -> float:

@@ -327,7 +327,9 @@ def grids_of(target: Target, budget: Budget) -> tuple[str, ...]:
 
 def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced: Priced) -> Solution:
     """The solution of one target's budget."""
-    loaded, traced, gathered, grids = first.source, first.trace, first.statistics, grids_of(target, budget)
+    loaded, traced, sampled, gathered = first.source, first.trace, first.samples, first.statistics
+    grids = grids_of(target, budget)
+    assert sampled is not None
     assert gathered is not None
     exporter, found = registry.module_name("exporters", target.exporter.name), [priced.price[grid] for grid in grids]
     wanted = recipe.recover_of(target)
@@ -335,11 +337,16 @@ def _mixed(recipe: Recipe, target: Target, budget: Budget, first: First, priced:
         recipe.model.name, _known(recipe, target), provenance.RECOVERED[wanted.method] if wanted else None
     )
     allocated = Stage(
-        "allocate", target.name, (loaded, traced, gathered, priced.correction, *found), (exporter,),
+        "allocate", target.name,
+        (loaded, traced, sampled, gathered, priced.sensitivity, priced.correction, *found),
+        (exporter, registry.module_name("solvers", budget.solver.name)),
         {"budget": budget.model_dump(), "grids": grids, "said": asdict(said)}
         | target.model_dump(include={"name", "exporter"}),
         lambda at, folder, progress: allocate.work(
-            allocate.Held(at(loaded), at(traced), at(gathered), at(priced.correction), tuple(map(at, found))),
+            allocate.Held(
+                at(loaded), at(traced), at(sampled), at(gathered), at(priced.sensitivity), at(priced.correction),
+                tuple(map(at, found)),
+            ),
             target, budget, grids, said, folder, progress,
         ),
     )  # fmt: skip

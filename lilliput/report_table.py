@@ -226,6 +226,9 @@ def budget_line(allocation: Allocation) -> str:
     found = (
         f"{figures.number(allocation.bits_per_weight)} bits a weight, predicted KLD {figures.number(allocation.loss)}"
     )
+    if allocation.finalists:
+        measured = (f"{one.tables} {figures.number(one.kld)}" for one in allocation.finalists)
+        found += f"; measured on samples that no solve had seen: {'; '.join(measured)}"
     if allocation.limit_bytes is None or allocation.file_bytes is None:
         return f"{allocation.target}: {found}."
     return f"{allocation.target}: {allocation.file_bytes:,} of {allocation.limit_bytes:,} bytes, {found}."

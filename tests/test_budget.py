@@ -83,6 +83,11 @@ def test_each_target_chooses_from_its_own_grids(tmp_path: Path, model: Path) -> 
     assert [a["target"] for a in text["allocations"]] == ["onnx", "litert", "gguf"]
     page = (tmp_path / "out" / "report.md").read_text()
     assert "mlp.down" in page
+    decided = [a for a in made.allocations if a.finalists]
+    assert decided, "a tiny model's table has grids that cost about the same"
+    for allocation in decided:
+        assert allocation.tables == min(allocation.finalists, key=lambda one: one.kld).tables
+        assert f"measured on samples that no solve had seen: {allocation.finalists[0].tables}" in page
     assert "mlp.down" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -3,6 +3,8 @@
     rules.json         one rule a matrix: what quantize solves by
     allocation.json    the same with bytes and predicted loss (lilliput.allocated.Allocation)
 
+Allocations that predictions cannot tell apart are measured (calibration.finalists).
+
 A budget in bytes is one of the file. What the file holds besides matrices is measured: a file of the same shapes, with
 nothing but zeros in its matrices, is written and counted, for the smallest choice first, then for the one that is made.
 """
@@ -11,15 +13,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lilliput import provenance, registry
-from lilliput.allocated import Allocation, Choice
+from lilliput.allocated import Allocation, Choice, Finalist
 from lilliput.errors import CalibrationError
-from lilliput.progress import Progress
+from lilliput.progress import Progress, silent
 from lilliput.recipe_schema import MEGA, Budget, Rule, Target
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ class Held:
 
     source: Path
     traced: Path
+    samples: Path
     statistics: Path
+    sensitivity: Path
     correction: Path
     prices: tuple[Path, ...]  # by grid
 
@@ -55,21 +59,17 @@ class Held:
 def work(
     held: Held, target: Target, budget: Budget, grids: tuple[str, ...], said: Said, folder: Path, progress: Progress
 ) -> None:  # fmt: skip
+    from calibration import finalists
     from lilliput.source import open_stage
 
     exporter: Exporter = registry.load("exporters", target.exporter.name)()
     source = open_stage(held.source)
     allowed = _prices(held, source.config).held_by(exporter.refuses, grids, source.config.parameter_shapes())
-    if budget.limit_bytes is None:
-        assert budget.bits_per_weight is not None
-        found = Allocation(
-            target=target.name,
-            limit_bytes=None,
-            file_bytes=None,
-            choices=_by_bits(allowed, budget.bits_per_weight, target.name),
-        )
-    else:
-        found = _by_file(allowed, budget.limit_bytes, Sizes(source, held, target, budget, said), progress)
+    sizes = Sizes(source, held, target, budget, said)
+    best = _allocated(allowed, sizes, progress)
+    others = [_fitting(prices, sizes) for prices in finalists.rivals(allowed, best.choices)]
+    rivals = [other for other in others if other is not None]
+    found = _best_measured([best, *rivals], sizes) if rivals else best
     (folder / ALLOCATION).write_text(found.model_dump_json(indent=1) + "\n")
     rules = [rule.model_dump(mode="json") for rule in _rules(found.choices, budget)]
     (folder / RULES).write_text(json.dumps(rules, indent=1) + "\n")
@@ -96,6 +96,40 @@ def allocation_in(folder: Path) -> Allocation:
 
 def _rules(choices: tuple[Choice, ...], budget: Budget) -> tuple[Rule, ...]:
     return tuple(Rule(match=choice.name, grid=choice.grid, solver=budget.solver) for choice in choices)
+
+
+def _allocated(prices: Prices, sizes: Sizes, progress: Progress) -> Allocation:
+    """The best choice by prediction."""
+    budget, name = sizes.budget, sizes.target.name
+    if budget.limit_bytes is not None:
+        return _by_file(prices, budget.limit_bytes, sizes, progress)
+    assert budget.bits_per_weight is not None
+    choices = _by_bits(prices, budget.bits_per_weight, name)
+    return Allocation(target=name, limit_bytes=None, file_bytes=None, choices=choices)
+
+
+def _fitting(prices: Prices, sizes: Sizes) -> Allocation | None:
+    """As `_allocated`; None where no file is small enough: what is not possible is no rival."""
+    try:
+        return _allocated(prices, sizes, silent)
+    except CalibrationError:
+        return None
+
+
+def _best_measured(found: Sequence[Allocation], sizes: Sizes) -> Allocation:
+    """The one of least KLD on samples that its solve had not seen."""
+    from calibration import finalists
+    from calibration.samples import load
+    from calibration.sensitivity import Sensitivity
+    from calibration.statistics import Statistics
+
+    held = sizes.held
+    statistics, sensitivity, samples = Statistics(held.statistics), Sensitivity(held.sensitivity), load(held.samples)
+    rules = [_rules(one.choices, sizes.budget) for one in found]
+    losses = finalists.measured(sizes.source, statistics, sensitivity, samples, rules)
+    said = tuple(Finalist(tables=a.tables, loss=a.loss, kld=kld) for a, kld in zip(found, losses, strict=True))
+    best = min(zip(losses, found, strict=True), key=lambda pair: pair[0])[1]
+    return best.model_copy(update={"finalists": said})
 
 
 def _by_bits(prices: Prices, bits_per_weight: float, name: str) -> tuple[Choice, ...]:
