@@ -53,10 +53,10 @@ def _devices() -> list[Any]:
 
 
 def _options(chip: Soc, strict: bool, context: Path | None = None) -> SessionOptions:
+    devices = _devices()  # first: it says what is missing
     import onnxruntime as ort
     import onnxruntime_qnn as qnn
 
-    devices = _devices()
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(strict)))
