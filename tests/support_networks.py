@@ -1,7 +1,8 @@
 """The kinds of the support table that are no decoder: each by the whole route of `lilliput network`, on each target.
 
 A cell traces a tiny random model, proves the trace, calibrates, solves, exports, reads back and runs as `Target` says.
-It shows the SQNR in dB against float on held-out samples, and in brackets that of the solved network in torch.
+It shows the SQNR in dB against float on held-out samples, and in brackets that of the solved network in torch. A Keras
+model's codes are its converter's, so there is no such network, and it takes only the converter's own file and runtimes.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tiny_keras
 import tiny_networks
 import torch
 from torch import Tensor
 
-from lilliput import registry
+from lilliput import converted, registry
 from lilliput.errors import InputError, LilliputError, MissingPackageError
 from lilliput.static_network import NetworkReport, Request, quantize
 
@@ -92,12 +96,24 @@ def cnn(folder: Path) -> Model:
     return Model(folder / "cnn.pt2", _saved(folder, {"x": torch.cat([batch["image"] for batch in batches])}))
 
 
+def keras_cnn(folder: Path) -> Model:
+    if find_spec("tensorflow") is None:
+        raise MissingPackageError("tensorflow", "litert", "a Keras model")
+    import keras
+
+    keras.utils.set_random_seed(0)
+    tiny_keras.cnn(keras).save(folder / "cnn.keras")
+    np.savez(folder / "samples.npz", image=tiny_keras.images(np.random.default_rng(0)))
+    return Model(folder / "cnn.keras", folder / "samples.npz")
+
+
 KINDS: Mapping[str, tuple[str, Callable[[Path], Model]]] = {
     "bert": ("BERT encoder, mean of tokens", bert_encoder),
     "roberta": ("RoBERTa encoder, hidden states", roberta_encoder),
     "bert-classifier": ("BERT classifier", bert_classifier),
     "distilbert-classifier": ("DistilBERT classifier", distilbert_classifier),
     "cnn": ("CNN of torch (strided, depthwise, concat)", cnn),
+    "keras-cnn": ("CNN of Keras, by tensorflow's converter", keras_cnn),
 }
 LABELS = {name: label for name, (label, _) in KINDS.items()}
 
@@ -106,14 +122,18 @@ def cells(name: str, folder: Path, targets: Sequence[Target] = tuple(TARGETS.val
     """One row."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    model = KINDS[name][1](folder)
+    try:
+        model = KINDS[name][1](folder)
+    except MissingPackageError as error:
+        print(error, file=sys.stderr)
+        return [Cell("not installed (`litert`)")] * len(targets)
     return [cell(model, target) for target in targets]
 
 
 def cell(model: Model, target: Target) -> Cell:
     """What is refused says so, and what this machine lacks too."""
     try:
-        return shown(quantize(_request(model, target)))
+        return shown(proven(_request(model, target)), target)
     except MissingPackageError as error:
         print(error, file=sys.stderr)
         return Cell(f"not installed (`{registry.constant('network_runtimes', target.runtime, 'extra')}`)")
@@ -125,21 +145,35 @@ def cell(model: Model, target: Target) -> Cell:
         return Cell("**fails**", failed=True)
 
 
-def shown(report: NetworkReport) -> Cell:
+@cache
+def proven(request: Request) -> NetworkReport:
+    """Once each: a converter's file is judged on both its runtimes together."""
+    return quantize(request)
+
+
+def shown(report: NetworkReport, target: Target) -> Cell:
     broken = [f"{gate.name} {gate.seen:.3g}" for gate in report.gates if gate.verdict != "PASS"]
     if broken:
         print(f"FAILED: {', '.join(broken)}; {'; '.join(report.differences)}", file=sys.stderr)
         return Cell(f"**fails** ({', '.join(broken)})", failed=True)
-    return Cell(f"{report.sqnr_db['runtime']:.1f} ({report.sqnr_db['twin']:.1f})")
+    found = report.sqnr_db
+    if "twin" not in found:
+        return Cell(f"{found[target.runtime]:.1f}")
+    return Cell(f"{found['runtime']:.1f} ({found['twin']:.1f})")
 
 
 def _request(model: Model, target: Target) -> Request:
-    out = model.samples.parent / f"{target.exporter}-{target.runtime}"
-    return Request(
-        source=str(model.source), out=out, samples=model.samples,
-        exporter=target.exporter, runtime=target.runtime, activations=target.activations,
-        positions=tiny_networks.LENGTH, min_sqnr_db=LEAST_SQNR_DB, allow_pickle=model.source.suffix == ".pt2",
+    folder = model.source.parent
+    request = Request(
+        source=str(model.source), out=folder / "converted", samples=model.samples, positions=tiny_networks.LENGTH,
+        min_sqnr_db=LEAST_SQNR_DB, allow_pickle=model.source.suffix == ".pt2",
     )  # fmt: skip
+    if converted.is_source(model.source):
+        request = request.model_copy(update={"positions": Request.model_fields["positions"].default})
+        if target.runtime in converted.RUNTIMES:
+            return request
+    asked = {"exporter": target.exporter, "runtime": target.runtime, "activations": target.activations}
+    return request.model_copy(update={**asked, "out": folder / f"{target.exporter}-{target.runtime}"})
 
 
 def _sizes() -> dict[str, int | float]:

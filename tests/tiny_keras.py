@@ -37,14 +37,19 @@ def write(folder: Path) -> None:
     (folder / "damaged" / "saved_model.pb").write_text("no protobuf")
     reads_a_file(folder / "reads")
     rng = np.random.default_rng(0)
-    images = rng.standard_normal((COUNT, 12, 10, 3)).astype(np.float32)
-    np.savez(folder / "images.npz", image=images)
-    np.savez(folder / "few.npz", image=images[:5])
-    np.savez(folder / "other.npz", image=images.transpose(0, 3, 1, 2))
-    np.savez(folder / "nan.npz", image=np.where(images > 2, np.nan, images))
+    found = images(rng)
+    np.savez(folder / "images.npz", image=found)
+    np.savez(folder / "few.npz", image=found[:5])
+    np.savez(folder / "other.npz", image=found.transpose(0, 3, 1, 2))
+    np.savez(folder / "nan.npz", image=np.where(found > 2, np.nan, found))
     tokens = rng.integers(0, 10, (COUNT, 5))
-    np.savez(folder / "several.npz", tokens=tokens, first_x=rng.standard_normal((COUNT, 4)), x=images[:, 0, :3, 0])
+    np.savez(folder / "several.npz", tokens=tokens, first_x=rng.standard_normal((COUNT, 4)), x=found[:, 0, :3, 0])
     np.savez(folder / "rows.npz", x=rng.standard_normal((COUNT, 4)).astype(np.float32))
+
+
+def images(rng: np.random.Generator) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """(COUNT, 12, 10, 3), normal."""
+    return rng.standard_normal((COUNT, 12, 10, 3)).astype(np.float32)
 
 
 def cnn(keras: Any) -> Any:
