@@ -18,7 +18,7 @@ from lilliput.artifact import Artifact
 from lilliput.errors import ExportError
 from lilliput.grid import Float, GridSpec, QuantizedTensor
 from lilliput.model import FEATURES, DecoderConfig, Feature, QuantizedModel, Role, TracedModel
-from lilliput.network import QuantizedNetwork
+from lilliput.network import Network, QuantizedNetwork
 
 
 class ExporterOptions(BaseModel):
@@ -66,12 +66,12 @@ class Exporter(Protocol):
 
 
 class NetworkExporter(Protocol):
-    """One format of static integer networks. Stateless."""
+    """One format of networks that are no decoder. Stateless."""
 
     Options: ClassVar[type[ExporterOptions]]
     packages: ClassVar[tuple[str, ...]]  # imported packages it needs, checked before work
     extra: ClassVar[str]  # the extra of lilliput that installs them
-    activations: ClassVar[tuple[str, ...]]  # dtypes of activation grids that the format holds, the usual first
+    activations: ClassVar[tuple[str, ...]]  # dtypes of activation grids that the format holds, the usual first; or none
 
     def export(self, model: QuantizedNetwork, options: ExporterOptions, folder: Path) -> tuple[Artifact, list[str]]:
         """Write the network into `folder` (exists, empty); what stays in float, a sentence each.
@@ -82,4 +82,16 @@ class NetworkExporter(Protocol):
 
     def differences(self, model: QuantizedNetwork, artifact: Artifact) -> list[str]:
         """Where codes, scales, zero points or biases in the file are not the model's, by name; empty where all are."""
+        ...
+
+
+class WeightsExporter(NetworkExporter, Protocol):
+    """A network's format that holds weights alone: `activations` is empty, its runtime chooses those as it runs."""
+
+    def check(self, network: Network) -> None:
+        """Raise ExportError for a network that the runtime does not compute."""
+        ...
+
+    def refuses(self, spec: GridSpec, cols: int) -> str | None:
+        """Why the format cannot hold a matrix of `cols` columns on such a grid exactly, or None where it can."""
         ...

@@ -211,6 +211,7 @@ def network(
     runtime: Annotated[str, typer.Option(help="`lilliput list network_runtimes`.")] = "ort_static_cpu",
     activations: Annotated[str, typer.Option(help="uint16, uint8, int16 or int8.")] = "uint16",
     integer: Annotated[str, typer.Option(help="all, products or matrices: the rest stays in float32.")] = "all",
+    grid: Annotated[list[str] | None, typer.Option(help="Of weights, in GGUF: the first that a row can have.")] = None,
     positions: Annotated[int, typer.Option(help="Tokens of an encoder's input.")] = 128,
     samples: Annotated[Path | None, typer.Option(help="A text, or an .npz with an array per input.")] = None,
     min_sqnr: Annotated[float, typer.Option(help="The gate on the loss, in dB.")] = 30.0,
@@ -219,7 +220,7 @@ def network(
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read a .pt2, or Lambda layers.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Quantize an encoder or CNN for static integer runtimes, export it, and prove the file."""
+    """Quantize an encoder or CNN for static integer runtimes, or an encoder as GGUF, and prove the file."""
     from pydantic import ValidationError
 
     from lilliput import static_network
@@ -229,7 +230,7 @@ def network(
         request = static_network.Request(
             source=source, out=out, exporter=exporter, runtime=runtime, activations=activations,  # type: ignore[arg-type]
             integer=integer, positions=positions, samples=samples, min_sqnr_db=min_sqnr, chip=chip,  # type: ignore[arg-type]
-            npu_floor=npu_floor, allow_pickle=allow_pickle,
+            grids=tuple(grid or ()), npu_floor=npu_floor, allow_pickle=allow_pickle,
         )  # fmt: skip
     except ValidationError as error:
         first = error.errors()[0]

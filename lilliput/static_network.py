@@ -1,9 +1,9 @@
-"""An encoder or CNN from its source to one proven static integer file: `lilliput network`.
+"""An encoder or CNN from its source to one proven file of integers: `lilliput network`.
 
     source ─► trace ─► calibrate ─► solve ─► export ─► read back ─► on its runtime ─► report.json
 
 A Keras model or SavedModel is not traced: tensorflow's own converter chooses the codes (lilliput.converted), and two
-interpreters must agree on its file.
+interpreters must agree on its file. For an exporter without activation grids (GGUF) the weights alone are solved.
 
 Samples are text for a model with a tokenizer (paragraphs; Python's reference where none is given), or an .npz file with
 one array (n, …) per input. Every HELD_OUT-th sample is kept from calibration and judges. The loss is SQNR in dB, one
@@ -14,6 +14,7 @@ without a difference; SQNR on the runtime; and for a chip, the share of nodes th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +23,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from calibration import network_solve
+from calibration import network_solve, network_weights
 from calibration.clipping import RangeOptions
 from calibration.network_statistics import gather
+from exporters.base import WeightsExporter
 from lilliput import converted, output, registry
 from lilliput.artifact import Artifact, sha256
 from lilliput.checks import check
@@ -41,14 +43,18 @@ from lilliput.texts import calibration_text
 from targets.npu import Coverage, cover, soc
 
 HELD_OUT = 8
-SOLVED = ("exporter", "runtime", "activations", "solver", "positions", "chip")  # what is not asked of a converter
+SOLVED = ("exporter", "runtime", "activations", "solver", "grids", "positions", "chip")  # not asked of a converter
+STATIC = ("activations", "integer", "chip")  # what is not asked of a format that holds weights alone
 MOST_DB = 200.0  # below float32's own rounding
 LEAST_CHARACTERS = 60  # of a paragraph
 Batch = dict[str, Tensor]
 
 
 class Request(BaseModel):
-    """What is asked for. `chip` is a Snapdragon whose NPU is to take at least `npu_floor` of the nodes."""
+    """What is asked for. `chip` is a Snapdragon whose NPU is to take at least `npu_floor` of the nodes.
+
+    `grids` are the weights', for a format that holds those alone: each matrix takes the first that its rows can have.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,6 +65,7 @@ class Request(BaseModel):
     activations: Literal["uint8", "int8", "uint16", "int16"] = "uint16"
     integer: network_solve.Integer = "all"
     solver: str = "gptq"
+    grids: tuple[str, ...] = ()
     positions: int = Field(default=128, ge=1)
     samples: Path | None = None
     count: int = Field(default=144, ge=HELD_OUT)
@@ -108,17 +115,53 @@ def quantize(request: Request) -> NetworkReport:
     path = resolve(request.source)
     if converted.is_source(path):
         return _of_tensorflow(request, path)
+    _check_request(request)
     source = open_network(path, positions=request.positions, allow_pickle=request.allow_pickle)
+    if _weights_alone(request):
+        registry.load("network_exporters", request.exporter)().check(source.network)
     given = samples(source, request)
     held, kept = given[::HELD_OUT], [batch for i, batch in enumerate(given) if i % HELD_OUT]
-    ranges = RangeOptions(dtype=request.activations)
-    options = network_solve.Options(solver=request.solver, ranges=ranges, integer=request.integer)
-    statistics = gather(source.network, kept, moments=network_solve.needs_moments(options))
-    model = network_solve.solve(source.network, statistics, options)
+    model = _solved(request, source.network, kept)
     with output.claimed(request.out):
         report = _written(request, source, model, (held, len(kept)))
         (request.out / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
     return report
+
+
+def _check_request(request: Request) -> None:
+    """Raise InputError where the runtime does not open what the exporter writes, or for what that has not."""
+    opens = registry.constant("network_runtimes", request.runtime, "exporters")
+    assert isinstance(opens, tuple)
+    if request.exporter not in opens:
+        raise InputError(
+            f"runtime {request.runtime!r} opens files of {', '.join(opens)}, not of {request.exporter!r}: "
+            "choose another (`lilliput list network_runtimes`)"
+        )
+    alone = _weights_alone(request)
+    asked = [name for name in (STATIC if alone else ("grids",)) if _given(request, name)]
+    if asked:
+        why = "holds weights alone" if alone else "has its own weight grid"
+        raise InputError(f"exporter {request.exporter!r} {why}: leave {', '.join(asked)} out")
+
+
+def _weights_alone(request: Request) -> bool:
+    return not registry.constant("network_exporters", request.exporter, "activations")
+
+
+def _given(request: Request, name: str) -> bool:
+    return bool(getattr(request, name) != Request.model_fields[name].default)
+
+
+def _solved(request: Request, network: Network, batches: Sequence[Batch]) -> QuantizedNetwork:
+    if not _weights_alone(request):
+        ranges = RangeOptions(dtype=request.activations)
+        static = network_solve.Options(solver=request.solver, ranges=ranges, integer=request.integer)
+        statistics = gather(network, batches, moments=network_solve.needs_moments(static))
+        return network_solve.solve(network, statistics, static)
+    exporter: WeightsExporter = registry.load("network_exporters", request.exporter)()
+    options = network_weights.Options(solver=request.solver, grids=request.grids or network_weights.DEFAULT_GRIDS)
+    assigned = network_weights.assign(network, options.grids, exporter.refuses)
+    return network_weights.solve(network, gather(network, batches, moments=True), assigned, options)
 
 
 def _written(
@@ -128,11 +171,13 @@ def _written(
     artifact, notes = plugin.export(model, plugin.Options(), request.out)
     differences = plugin.differences(model, artifact)
     held, calibrated = given
-    exact = [run(model.network, batch) for batch in held]
+    real = partial(_at_tokens, model.network)
+    exact = [real(batch, run(model.network, batch)) for batch in held]
     chip = {"chip": request.chip} if request.chip and request.runtime == "qnn_npu" else {}
+    shipped = _on_runtime(request.runtime, artifact, held, **chip)
     found = {
-        "twin": sqnr_db(exact, [run_quantized(model, batch) for batch in held]),
-        "runtime": sqnr_db(exact, _on_runtime(request.runtime, artifact, held, **chip)),
+        "twin": sqnr_db(exact, [real(batch, run_quantized(model, batch)) for batch in held]),
+        "runtime": sqnr_db(exact, [real(*pair) for pair in zip(held, shipped, strict=True)]),
     }
     coverage = cover.coverage(artifact.path, soc(request.chip)) if request.chip else None
     gates = [
@@ -150,13 +195,21 @@ def _written(
     )  # fmt: skip
 
 
+def _at_tokens(network: Network, batch: Batch, answer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The answer with hidden states (1, positions, …) of padding left out."""
+    if network.mask is None:
+        return dict(answer)
+    kept = batch[network.mask].bool()
+    return {name: x[kept] if x.dim() > 2 and x.shape[:2] == kept.shape else x for name, x in answer.items()}
+
+
 def _xnnpack(path: Path) -> Delegation | None:
     return delegation(path) if path.suffix == ".tflite" else None
 
 
 def _of_tensorflow(request: Request, path: Path) -> NetworkReport:
     """The file that tensorflow's converter makes, judged on both interpreters."""
-    asked = [name for name in SOLVED if getattr(request, name) != Request.model_fields[name].default]
+    asked = [name for name in SOLVED if _given(request, name)]
     if asked:
         raise InputError(f"{path}: tensorflow's converter chooses its codes, not {', '.join(asked)}: leave that out")
     made = converted.convert(

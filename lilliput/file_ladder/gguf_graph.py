@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import gguf
-import numpy as np
-
 from lilliput import child, inspection
 from lilliput.checks.gguf_view import GgufFile, open_file
-from lilliput.errors import InputError
 from lilliput.file_ladder import gguf_child
 from lilliput.file_ladder.found import RungName
 from lilliput.file_ladder.locate import GraphOrder, Operator
+from lilliput.ggml import in_float
 from lilliput.grid import Float
 
 
@@ -82,29 +79,8 @@ class GgufLadder:
             return self.path
         path = self.scratch / "graph.gguf"
         if not path.is_file():
-            self._floats(path)
+            in_float.write(self.file.readers, path)
         return path
-
-    def _floats(self, path: Path) -> None:
-        """The file with the same metadata and float32 tensors."""
-        writer = gguf.GGUFWriter(path, self.file.architecture)
-        for key, field in self.file.readers[0].fields.items():
-            if key.startswith(("GGUF.", "split.")) or key in ("general.architecture", "general.file_type"):
-                continue
-            kind = field.types[0]
-            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), kind, inner)
-        for stored in self.file.stored:
-            shape = tuple(int(n) for n in reversed(stored.shape))
-            try:
-                numbers = gguf.quants.dequantize(stored.data, stored.tensor_type)
-            except (NotImplementedError, ValueError) as error:
-                raise InputError(f"{stored.name} ({stored.tensor_type.name}) has no float twin: {error}") from error
-            writer.add_tensor(stored.name, np.ascontiguousarray(numbers, np.float32).reshape(shape))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
 
     def _run(self, rung: RungName, tokens: Sequence[int], *, look: bool) -> dict[str, Float]:
         asked = {

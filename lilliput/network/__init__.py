@@ -40,6 +40,7 @@ import numpy.typing as npt
 from lilliput.activation_grid import ActivationGrid, Integer
 from lilliput.grid import Float, QuantizedTensor
 from lilliput.model import TensorInfo
+from lilliput.network.encoder import TextEncoder
 
 Attribute = int | float | tuple[int, ...]
 
@@ -81,6 +82,7 @@ class Network:
     parameters: Mapping[str, Float]
     mask: str | None = None  # the input (1, positions) int32 that is 1 at real tokens, where there is one
     notes: tuple[str, ...] = ()  # what tracing changed beside names, for the report
+    encoder: TextEncoder | None = None  # what it is beside its graph, where it is a text encoder of a known kind
 
     def consumers(self, value: str) -> tuple[Operation, ...]:
         return tuple(node for node in self.nodes if value in node.inputs)
@@ -96,6 +98,12 @@ class Network:
     def weights(self) -> tuple[str, ...]:
         """Names of the parameters that go on weight grids, in the order of computation."""
         return tuple(dict.fromkeys(node.inputs[1] for node in self.nodes if node.op in MATRIX_OPS))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the parameters whose rows are looked up."""
+        looked_up = (node.inputs[0] for node in self.nodes if node.op == "embedding")
+        return tuple(dict.fromkeys(name for name in looked_up if name in self.parameters))
 
     def matrix(self, weight: str) -> Float:
         """A weight as (out, in · kernel)."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from lilliput.errors import SourceError
 from lilliput.network import Network
+from lilliput.network.encoder import OUTPUTS, Gives
 from lilliput.network.run import run
 from lilliput.network.trace import MASKED_BELOW, read, trace
+from lilliput.sources import text_encoder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 POOLING = Path("1_Pooling") / "config.json"
@@ -47,7 +49,7 @@ class NetworkSource:
 class EncoderModule(nn.Module):
     """(input_ids, attention_mask) → what the folder's kind of model gives."""
 
-    def __init__(self, model: nn.Module, gives: str, first_position: int | None) -> None:
+    def __init__(self, model: nn.Module, gives: Gives, first_position: int | None) -> None:
         super().__init__()
         self.model, self.gives, self.first_position = model, gives, first_position
 
@@ -83,11 +85,12 @@ def _folder(path: Path, positions: int) -> NetworkSource:
         raise SourceError(f"{path}: {positions} positions are asked for, the model has 1 to {most}")
     module.eval()
     batches = [_sentence(int(config["vocab_size"]), positions, i) for i in range(PROOFS)]
-    given = {"logits": "logits", "hidden": "hidden_states"}.get(module.gives, "embedding")
-    network = trace(module, batches[0], name=path.resolve().name, mask="attention_mask", outputs=(given,))
+    given = (OUTPUTS[module.gives],)
+    network = trace(module, batches[0], name=path.resolve().name, mask="attention_mask", outputs=given)
+    encoder = text_encoder.describe(module.model, module.gives, module.first_position or 0, path, "model")
     with torch.no_grad():
         proof = prove(network, batches, [module(**batch) for batch in batches], "transformers'")
-    return NetworkSource(network, path, proof)
+    return NetworkSource(replace(network, encoder=encoder), path, proof)
 
 
 def _config(path: Path) -> Mapping[str, Any]:
@@ -107,7 +110,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, str, int | None]:
+def _model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Gives, int | None]:
     """The module, what it gives, and its first position where that is not 0."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -124,7 +127,7 @@ def _model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, str, int |
     return model, "logits" if classifies else _pooling(path), first_position
 
 
-def _pooling(path: Path) -> str:
+def _pooling(path: Path) -> Gives:
     if not (path / POOLING).is_file():
         return "hidden"
     pooling = json.loads((path / POOLING).read_text(encoding="utf-8"))

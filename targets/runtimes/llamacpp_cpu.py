@@ -57,10 +57,10 @@ class LlamaCppSession:
         self._limit, self._used = artifact.context, 0
         self._model = self._context = None
         start_logging()
-        self._model = llama_cpp.llama_model_load_from_file(str(artifact.path).encode(), _model_options(exact))
+        self._model = llama_cpp.llama_model_load_from_file(str(artifact.path).encode(), model_options(exact))
         if not self._model:
             raise MeasurementError(f"llama.cpp cannot load {artifact.path}: {last_log()}")
-        self._context = llama_cpp.llama_init_from_model(self._model, _context_options(artifact.context, threads, exact))
+        self._context = llama_cpp.llama_init_from_model(self._model, context_options(artifact.context, threads, exact))
         if not self._context:
             self.close()
             raise MeasurementError(f"llama.cpp cannot make a context of {artifact.context} positions: {last_log()}")
@@ -104,7 +104,7 @@ class LlamaCppSession:
         self._model = self._context = None
 
 
-def _model_options(exact: bool) -> Any:
+def model_options(exact: bool) -> Any:
     import llama_cpp
 
     options = llama_cpp.llama_model_default_params()
@@ -113,7 +113,7 @@ def _model_options(exact: bool) -> Any:
     return options
 
 
-def _context_options(context: int, threads: int, exact: bool) -> Any:
+def context_options(context: int, threads: int, exact: bool) -> Any:
     import llama_cpp
 
     options = llama_cpp.llama_context_default_params()

@@ -18,7 +18,6 @@ from lilliput.errors import ExportError
 BEGINNING = "\u2581"
 LOWERCASE = "tokenizer.ggml.normalizer.lowercase"
 STRIP_ACCENTS = "tokenizer.ggml.normalizer.strip_accents"
-TOKEN_TYPES = 2  # BERT's two segments
 
 
 def add(writer: gguf.GGUFWriter, files: Files, vocab_size: int) -> None:
@@ -37,7 +36,6 @@ def add(writer: gguf.GGUFWriter, files: Files, vocab_size: int) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    writer.add_token_type_count(TOKEN_TYPES)
     writer.add_bool(LOWERCASE, bool(normalizer.get("lowercase", True)))
     writer.add_bool(STRIP_ACCENTS, strips_accents(files))
 
