@@ -171,7 +171,7 @@ def _written(
     artifact, notes = plugin.export(model, plugin.Options(), request.out)
     differences = plugin.differences(model, artifact)
     held, calibrated = given
-    real = partial(_at_tokens, model.network)
+    real = partial(_at_tokens, model.network.mask if _weights_alone(request) else None)
     exact = [real(batch, run(model.network, batch)) for batch in held]
     chip = {"chip": request.chip} if request.chip and request.runtime == "qnn_npu" else {}
     shipped = _on_runtime(request.runtime, artifact, held, **chip)
@@ -195,11 +195,11 @@ def _written(
     )  # fmt: skip
 
 
-def _at_tokens(network: Network, batch: Batch, answer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The answer with hidden states (1, positions, …) of padding left out."""
-    if network.mask is None:
+def _at_tokens(mask: str | None, batch: Batch, answer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The answer with hidden states (1, positions, …) of padding left out, which llama.cpp does not compute."""
+    if mask is None:
         return dict(answer)
-    kept = batch[network.mask].bool()
+    kept = batch[mask].bool()
     return {name: x[kept] if x.dim() > 2 and x.shape[:2] == kept.shape else x for name, x in answer.items()}
 
 
