@@ -1,9 +1,10 @@
 """Finalists: allocations that predictions cannot tell apart are solved and measured, and the best one ships.
 
 The sum of predicted losses is off by a tenth or so, and not alike for a table that lost bits and for linear layers that
-did (SmolLM2-135M in LiteRT, 90 MB: with the embedding at 8 bits 0.0421 predicted and 0.0448 measured here, at 4 bits 0.0428
-and 0.0427; on the runtime and other text 0.0699 against 0.0627). No choice moves as many bytes as a table's. So beside the best allocation stand the
-best with each other grid of each table (embedding, head), where their prediction is within NEAR of it, MOST in all.
+did. (SmolLM2-135M in LiteRT, 90 MB: with the embedding at 8 bits 0.0421 predicted and 0.0448 measured here, at 4 bits
+0.0428 and 0.0427; on the runtime and other text 0.0699 against 0.0627.) No choice moves as many bytes as a table's. So
+beside the best allocation stand the best with each other grid of each table (embedding, head), where their prediction
+is within NEAR of it, MOST in all.
 
 Each is solved without the judged samples, and its KLD on them decides. Cost: a solve and a pass over HELD samples each.
 """
