@@ -97,7 +97,7 @@ def tensor_of(blocks: Blocks, codes: Tensor) -> QuantizedTensor:
 def nearest(weight: Float, blocks: Blocks) -> QuantizedTensor:
     """Every weight (rows, cols) to its nearest code."""
     w, width = torch.from_numpy(weight), blocks.spec.width(weight.shape[1])
-    codes = torch.empty(weight.shape, dtype=torch.int8 if blocks.spec.symmetric else torch.uint8)
+    codes = torch.from_numpy(np.empty(weight.shape, blocks.spec.code_dtype))
     for rows in row_slabs(weight):
         s, o = (t[rows].repeat_interleave(width, dim=1)[:, : w.shape[1]] for t in (blocks.s, blocks.o))
         codes[rows] = Blocks(blocks.spec, s, o).codes(w[rows]).to(codes.dtype)

@@ -22,7 +22,7 @@ values, loses most at 8 bit. `integer: products` adds what those operators make,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,7 +97,8 @@ def _provenance(
     weights: Mapping[str, QuantizedTensor], statistics: NetworkStatistics, options: Options
 ) -> dict[str, str]:
     ranges = f"{options.ranges.dtype} by {options.ranges.method}, {statistics.samples} batches"
-    found = {"weights": f"{options.weight_grid} by {options.solver}", "activations": ranges}
+    solver = said_of(options.solver, weights, statistics)
+    found = {"weights": f"{options.weight_grid} by {solver}", "activations": ranges}
     for name in _narrower(options):
         held = [weight for weight, tensor in weights.items() if tensor.spec.name == name]
         found[f"weights on {name}"] = f"{len(held)} of {len(weights)}: {', '.join(held) or 'none'}"
@@ -109,15 +110,7 @@ def solve_weights(
 ) -> dict[str, QuantizedTensor]:
     """Every weight's matrix on its grid."""
     specs = [_per_channel(name) for name in (options.weight_grid, *_narrower(options))]
-    solver: Solver = registry.load("solvers", options.solver)()
-    solver_options = registry.options("solvers", options.solver, dict(options.solver_options))
-    assert isinstance(solver_options, SolverOptions)
-
-    def on(name: str, spec: GridSpec) -> QuantizedTensor:
-        weight, found = np.ascontiguousarray(network.matrix(name)), statistics.moments.get(name)
-        if solver.needs_statistics and found is None:  # grouped convolutions: a few weights a channel
-            return rtn.Solver().solve(weight, spec, None, rtn.Options())
-        return solver.solve(weight, spec, found, solver_options)
+    on = solver_of(network, statistics, options.solver, options.solver_options)
 
     def one(name: str) -> tuple[str, QuantizedTensor]:
         if options.narrow is not None and name in statistics.moments:
@@ -132,6 +125,31 @@ def solve_weights(
         weights[name] = tensor
         progress(len(weights), len(network.weights))
     return {name: weights[name] for name in network.weights}
+
+
+def solver_of(
+    network: Network, statistics: NetworkStatistics, name: str, options: Mapping[str, Any]
+) -> Callable[[str, GridSpec], QuantizedTensor]:
+    """Solver `name` for a parameter on a grid; round to nearest where it needs moments and there are none: of tables,
+    and of grouped convolutions, which have a few weights a channel."""
+    solver: Solver = registry.load("solvers", name)()
+    solver_options = registry.options("solvers", name, dict(options))
+    assert isinstance(solver_options, SolverOptions)
+
+    def on(parameter: str, spec: GridSpec) -> QuantizedTensor:
+        weight, found = np.ascontiguousarray(network.matrix(parameter)), statistics.moments.get(parameter)
+        if solver.needs_statistics and found is None:
+            return rtn.Solver().solve(weight, spec, None, rtn.Options())
+        return solver.solve(weight, spec, found, solver_options)
+
+    return on
+
+
+def said_of(name: str, parameters: Iterable[str], statistics: NetworkStatistics) -> str:
+    """Which solver made which parameters, for the report: those that `solver_of` rounds by name."""
+    needs = registry.constant("solvers", name, "needs_statistics")
+    rounded = [parameter for parameter in parameters if needs and parameter not in statistics.moments]
+    return f"{name} ({', '.join(rounded)} by rtn)" if rounded else name
 
 
 def _narrower(options: Options) -> tuple[str, ...]:

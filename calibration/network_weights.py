@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from calibration import rtn
-from calibration.base import Solver, SolverOptions
+from calibration import network_solve
 from calibration.network_statistics import NetworkStatistics
 from calibration.parallel import in_parallel
-from lilliput import registry
 from lilliput.errors import GridError
 from lilliput.grid import GridSpec, QuantizedTensor, grid
 from lilliput.network import Network, QuantizedNetwork
@@ -52,18 +49,10 @@ def solve(
     progress: Progress = silent,
 ) -> QuantizedNetwork:  # fmt: skip
     """The network with what is assigned on its grids; progress counts matrices."""
-    solver: Solver = registry.load("solvers", options.solver)()
-    solver_options = registry.options("solvers", options.solver, dict(options.solver_options))
-    assert isinstance(solver_options, SolverOptions)
-
-    def one(name: str) -> QuantizedTensor:
-        matrix, moments = np.ascontiguousarray(network.matrix(name)), statistics.moments.get(name)
-        if solver.needs_statistics and moments is None:
-            return rtn.Solver().solve(matrix, assigned[name], None, rtn.Options())
-        return solver.solve(matrix, assigned[name], moments, solver_options)
-
+    on = network_solve.solver_of(network, statistics, options.solver, options.solver_options)
     weights: dict[str, QuantizedTensor] = {}
-    for name, tensor in zip(assigned, in_parallel(one, list(assigned)), strict=True):
+    solved = in_parallel(lambda name: on(name, assigned[name]), list(assigned))
+    for name, tensor in zip(assigned, solved, strict=True):
         tensor.check(name)
         weights[name] = tensor
         progress(len(weights), len(assigned))
@@ -73,7 +62,8 @@ def solve(
 def _provenance(assigned: Mapping[str, GridSpec], statistics: NetworkStatistics, options: Options) -> dict[str, str]:
     names = {spec.name: [name for name in assigned if assigned[name] == spec] for spec in assigned.values()}
     found = {
-        "weights": f"{', '.join(names)} by {options.solver}, {statistics.samples} batches",
+        "weights": f"{', '.join(names)} by {network_solve.said_of(options.solver, assigned, statistics)}, "
+        f"{statistics.samples} batches",
         "activations": "as the runtime has them",
     }
     if len(names) > 1:

@@ -31,7 +31,6 @@ float32. Cost: five passes' products over the samples, and one GPTQ solve.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -126,11 +125,11 @@ class _Moments:
         cols, tokens = inputs.student.shape[-1], inputs.student[..., 0].numel()
         own, cross = torch.zeros(cols, cols, dtype=torch.float64), torch.zeros(cols, cols, dtype=torch.float64)
         residual = None if stream is None else torch.zeros(stream.teacher.shape[-1], cols, dtype=torch.float64)
-        streams = itertools.repeat(None) if stream is None else stream.batches()
-        for (t, s), both in zip(inputs.batches(), streams, strict=False):
+        streams = ((None, None) for _ in inputs.batches()) if stream is None else stream.batches()
+        for (t, s), (h, g) in zip(inputs.batches(), streams, strict=True):
             x, y = t.flatten(0, 1), s.flatten(0, 1)
-            if both is not None and residual is not None:
-                h, lost = both[0].flatten(0, 1), (both[0] - both[1]).flatten(0, 1)
+            if residual is not None and h is not None and g is not None:
+                h, lost = h.flatten(0, 1), (h - g).flatten(0, 1)
                 root = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
                 x, y = root * x, root * y
                 residual += (root * lost).T @ y

@@ -113,10 +113,10 @@ def gather(source: SourceModel, options: SampleOptions, progress: Progress = sil
         return _mixed([gather(source, part, progress) for part in options.parts()])
     if options.samples == "self":
         return _generated(source, options, progress)
-    kind, documents = _documents(source, options)
+    tokenizer = load_tokenizer(source.tokenizer)
+    kind, documents = _documents(tokenizer, options)
     digest = hashlib.sha256()
     ids: list[int] = []
-    tokenizer = load_tokenizer(source.tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
         digest.update(document.encode())
@@ -181,19 +181,19 @@ def _sampling(source: SourceModel, options: SampleOptions) -> Sampling:
     )
 
 
-def _documents(source: SourceModel, options: SampleOptions) -> tuple[str, Iterable[str]]:
+def _documents(tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> tuple[str, Iterable[str]]:
     """The kind of the samples and their texts."""
     if options.text in texts.CALIBRATION_TEXTS:
         return options.text, [texts.calibration_text(options.text)]
     if options.text.startswith(DATASET):
-        return "dataset", _dataset(source, options)
+        return "dataset", _dataset(tokenizer, options)
     path = Path(options.text)
     if not path.is_file():
         raise CalibrationError(
             f"calibration samples {options.samples!r}: no such file; wanted self, builtin, docstrings, "
             "dataset:<id or path>, a text file or a .jsonl file"
         )
-    return ("jsonl", _jsonl(source, path, options.field)) if path.suffix == ".jsonl" else ("text", [_text(path)])
+    return ("jsonl", _jsonl(tokenizer, path, options.field)) if path.suffix == ".jsonl" else ("text", [_text(path)])
 
 
 def _text(path: Path) -> str:
@@ -206,27 +206,27 @@ def _text(path: Path) -> str:
     return text
 
 
-def _jsonl(source: SourceModel, path: Path, field: str) -> Iterator[str]:
+def _jsonl(tokenizer: PreTrainedTokenizerBase, path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_text(path).splitlines(), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise CalibrationError(f"calibration samples {path} line {number}: not JSON ({error})") from error
-            yield _row_text(source, row, field, f"{path} line {number}")
+            yield _row_text(tokenizer, row, field, f"{path} line {number}")
 
 
-def _row_text(source: SourceModel, row: Any, field: str, where: str) -> str:
+def _row_text(tokenizer: PreTrainedTokenizerBase, row: Any, field: str, where: str) -> str:
     """A row's text, or its conversation through the chat template."""
     if isinstance(row, dict) and isinstance(row.get(field), str):
         return str(row[field])
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return str(load_tokenizer(source.tokenizer).apply_chat_template(row["messages"], tokenize=False))
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
     seen = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise CalibrationError(f"calibration samples {where}: has {seen}; wanted a text under {field!r}, or messages")
 
 
-def _dataset(source: SourceModel, options: SampleOptions) -> Iterator[str]:
+def _dataset(tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> Iterator[str]:
     """Rows until the texts surely suffice (four characters a token is the usual measure; eight are read)."""
     try:
         import datasets
@@ -239,7 +239,7 @@ def _dataset(source: SourceModel, options: SampleOptions) -> Iterator[str]:
         raise CalibrationError(f"calibration dataset {name!r} cannot be opened ({error})") from error
     characters, enough = 0, 8 * options.count * options.length
     for number, row in enumerate(rows):
-        text = _row_text(source, row, options.field, f"{options.samples} row {number}")
+        text = _row_text(tokenizer, row, options.field, f"{options.samples} row {number}")
         yield text
         characters += len(text)
         if characters > enough:
