@@ -16,6 +16,7 @@ import ctypes
 from collections import deque
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,25 +48,40 @@ class Runtime:
         return {"llama-cpp-python": llama_cpp.__version__, "llama.cpp": llama_cpp.llama_version().decode()}
 
 
-class LlamaCppSession:
-    """One model with one sequence in its KV cache."""
+class OpenModel:
+    """A file that llama.cpp has loaded, and a context of it. Raises MeasurementError where it takes one of them not."""
 
-    def __init__(self, artifact: Artifact, threads: int, exact: bool) -> None:
+    def __init__(self, path: Path, exact: bool, options: Any) -> None:
+        """`options` are the context's."""
         import llama_cpp
 
         self._api: Any = llama_cpp
-        self._limit, self._used = artifact.context, 0
         self._model = self._context = None
         start_logging()
-        self._model = llama_cpp.llama_model_load_from_file(str(artifact.path).encode(), model_options(exact))
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), _model_options(exact))
         if not self._model:
-            raise MeasurementError(f"llama.cpp cannot load {artifact.path}: {last_log()}")
-        self._context = llama_cpp.llama_init_from_model(self._model, context_options(artifact.context, threads, exact))
+            raise MeasurementError(f"llama.cpp cannot load {path}: {last_log()}")
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
         if not self._context:
             self.close()
-            raise MeasurementError(f"llama.cpp cannot make a context of {artifact.context} positions: {last_log()}")
-        self._vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        self._memory = llama_cpp.llama_get_memory(self._context)
+            raise MeasurementError(f"llama.cpp cannot make a context of {options.n_ctx} positions: {last_log()}")
+
+    def close(self) -> None:
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = self._context = None
+
+
+class LlamaCppSession(OpenModel):
+    """One model with one sequence in its KV cache."""
+
+    def __init__(self, artifact: Artifact, threads: int, exact: bool) -> None:
+        super().__init__(artifact.path, exact, context_options(artifact.context, threads, exact))
+        self._limit, self._used = artifact.context, 0
+        self._vocab_size = int(self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model)))
+        self._memory = self._api.llama_get_memory(self._context)
 
     def reset(self) -> None:
         self._api.llama_memory_clear(self._memory, False)
@@ -94,17 +110,15 @@ class LlamaCppSession:
 
     def _logits(self) -> Float:
         pointer = self._api.llama_get_logits_ith(self._context, -1)  # waits until they are computed
-        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self._vocab_size,)).copy()
-
-    def close(self) -> None:
-        if self._context:
-            self._api.llama_free(self._context)
-        if self._model:
-            self._api.llama_model_free(self._model)
-        self._model = self._context = None
+        return floats_at(pointer, self._vocab_size)
 
 
-def model_options(exact: bool) -> Any:
+def floats_at(pointer: Any, count: int) -> Float:
+    """A copy of `count` float32 numbers that llama.cpp points to."""
+    return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (count,)).copy()
+
+
+def _model_options(exact: bool) -> Any:
     import llama_cpp
 
     options = llama_cpp.llama_model_default_params()

@@ -12,7 +12,6 @@ but for GELU, which llama.cpp looks up in a table of float16.
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lilliput.artifact import Artifact
-from lilliput.errors import ArtifactError, InputError, MeasurementError
+from lilliput.errors import InputError, MeasurementError
 from lilliput.grid import Float
 from targets.runtimes import llamacpp_cpu
 
@@ -51,31 +50,17 @@ class NetworkRuntime:
         return llamacpp_cpu.Runtime().versions()
 
 
-class EmbeddingSession:
+class EmbeddingSession(llamacpp_cpu.OpenModel):
     """One model, without a KV cache."""
 
     def __init__(self, path: Path, context: int, threads: int, exact: bool) -> None:
-        import llama_cpp
-
-        self._api: Any = llama_cpp
-        self._model = self._context = None
-        llamacpp_cpu.start_logging()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llamacpp_cpu.model_options(exact))
-        if not self._model:
-            raise ArtifactError(f"llama.cpp cannot load {path}: {llamacpp_cpu.last_log()}")
         options = llamacpp_cpu.context_options(context, threads, exact)
         options.n_batch = options.n_ubatch = context  # an encoder sees a text at once
         options.embeddings = True
-        self._context = llama_cpp.llama_init_from_model(self._model, options)
-        if not self._context:
-            self.close()
-            raise ArtifactError(f"llama.cpp cannot make a context of {context} positions: {llamacpp_cpu.last_log()}")
-        self._positions, self._pooling = context, int(llama_cpp.llama_pooling_type(self._context))
-        self._width = int(
-            llama_cpp.llama_model_n_cls_out(self._model)
-            if self._pooling == RANK
-            else llama_cpp.llama_model_n_embd(self._model)
-        )
+        super().__init__(path, exact, options)
+        self._positions, self._pooling = context, int(self._api.llama_pooling_type(self._context))
+        width_of = self._api.llama_model_n_cls_out if self._pooling == RANK else self._api.llama_model_n_embd
+        self._width = int(width_of(self._model))
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, Float]:
         """Raises InputError for inputs that are not one text padded on the right."""
@@ -104,11 +89,4 @@ class EmbeddingSession:
     def _row(self, pointer: Any) -> Float:
         if not pointer:
             raise MeasurementError(f"llama.cpp gives no embedding: {llamacpp_cpu.last_log()}")
-        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self._width,)).copy()
-
-    def close(self) -> None:
-        if self._context:
-            self._api.llama_free(self._context)
-        if self._model:
-            self._api.llama_model_free(self._model)
-        self._model = self._context = None
+        return llamacpp_cpu.floats_at(pointer, self._width)
