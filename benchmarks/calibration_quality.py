@@ -26,6 +26,7 @@ from lilliput.model import QuantizedModel, SourceModel
 from lilliput.recipe_schema import Rule
 from lilliput.source import load
 from lilliput.stages.dequantized import Dequantized
+from lilliput.tokenizer_folder import load_tokenizer
 from targets.metrics import summarize
 from targets.reference import EvaluationSet, Logits, compare, compute, evaluation_set
 
@@ -105,9 +106,7 @@ def _statistics(source: SourceModel, kind: str, count: int, folder: Path) -> Sta
 
 
 def _evaluation(source: SourceModel, chunks: int) -> EvaluationSet:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+    tokenizer = load_tokenizer(source.tokenizer)
     return evaluation_set(lambda text: tokenizer.encode(text, add_special_tokens=False), chunks, LENGTH)
 
 

@@ -174,11 +174,10 @@ class Errors(Mapping[str, Float]):
 
 def divergences(model: str, folder: Path) -> Double:
     """(3, chunks): mean divergence of A, of A with every error's sign changed, and of A with a planted rise."""
-    from transformers import AutoTokenizer
-
     from calibration.solve import solve
     from lilliput.recipe_schema import FLOAT, Rule
     from lilliput.source import load
+    from lilliput.tokenizer_folder import load_tokenizer
     from targets.reference import compare, compute, evaluation_set
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +189,7 @@ def divergences(model: str, folder: Path) -> Double:
         None,
     )
     rounded = {name: tensor.dequantize() for name, tensor in solved.quantized.items()}
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+    tokenizer = load_tokenizer(source.tokenizer)
     evaluation = evaluation_set(lambda text: tokenizer.encode(text, add_special_tokens=False), CHUNKS, LENGTH)
     reference = compute(source.config, source.weights, evaluation, folder / "reference")
     found = []

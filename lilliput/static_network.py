@@ -40,13 +40,14 @@ from lilliput.results import Record, Verdict, worst
 from lilliput.source import resolve
 from lilliput.sources.network import NetworkSource, open_network
 from lilliput.texts import calibration_text
+from lilliput.tokenizer_folder import load_tokenizer
 from targets.npu import Coverage, cover, soc
 
 HELD_OUT = 8
 SOLVED = ("exporter", "runtime", "activations", "solver", "grids", "positions", "chip")  # not asked of a converter
 STATIC = ("activations", "integer", "chip")  # what is not asked of a format that holds weights alone
 MOST_DB = 200.0  # below float32's own rounding
-LEAST_CHARACTERS = 60  # of a paragraph
+SHORT = 60  # characters of a paragraph that is left out, at most
 Batch = dict[str, Tensor]
 
 
@@ -278,7 +279,7 @@ def samples(source: NetworkSource, request: Request) -> list[Batch]:
         found = _arrays(source.network, request.samples)
     elif source.tokenizer is not None:
         text = _text(request.samples) if request.samples is not None else calibration_text()
-        found = _tokens(source.tokenizer, text, request)
+        found = paragraphs(source.tokenizer, text, request.count, request.positions)
     else:
         raise CalibrationError(f"{request.source} has no tokenizer: give --samples, an .npz with an array per input")
     if len(found) < HELD_OUT:
@@ -293,17 +294,13 @@ def _text(path: Path) -> str:
         raise CalibrationError(f"--samples {path}: not a readable text ({error})") from error
 
 
-def _tokens(tokenizer_folder: Path, text: str, request: Request) -> list[Batch]:
-    """Paragraphs, evenly taken, padded or cut to the positions."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
-    long = [part.strip() for part in text.split("\n\n") if len(part.strip()) >= LEAST_CHARACTERS]
+def paragraphs(tokenizer_folder: Path, text: str, count: int, positions: int) -> list[Batch]:
+    """Token ids of `count` paragraphs, evenly taken, each padded or cut to `positions`."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    long = [part.strip() for part in text.split("\n\n") if len(part.strip()) > SHORT]
     found = []
-    for part in long[:: max(1, len(long) // request.count)]:
-        tokens = tokenizer(
-            part, padding="max_length", truncation=True, max_length=request.positions, return_tensors="pt"
-        )
+    for part in long[:: max(1, len(long) // count)][:count]:
+        tokens = tokenizer(part, padding="max_length", truncation=True, max_length=positions, return_tensors="pt")
         found.append({"input_ids": tokens.input_ids.int(), "attention_mask": tokens.attention_mask.int()})
     return found
 

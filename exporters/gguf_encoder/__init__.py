@@ -34,6 +34,7 @@ from lilliput.ggml import blocks
 from lilliput.grid import Float, GridSpec, QuantizedTensor
 from lilliput.network import Network, QuantizedNetwork
 from lilliput.network.encoder import Gives, TextEncoder
+from lilliput.tokenizer_folder import load_tokenizer
 
 MAIN_FILE = "model.gguf"
 POOLING: dict[Gives, gguf.PoolingType] = {
@@ -103,9 +104,7 @@ def _fast(folder: Path, scratch: Path) -> Path:
     """The tokenizer's folder, with a tokenizer.json: transformers makes one where there are only other files."""
     if (folder / "tokenizer.json").is_file():
         return folder
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(str(folder), local_files_only=True).save_pretrained(scratch)
+    load_tokenizer(folder).save_pretrained(scratch)
     return scratch
 
 
@@ -144,10 +143,7 @@ def _pack(
     name: str, tensor: QuantizedTensor | Float
 ) -> tuple[BlockType, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
     if isinstance(tensor, QuantizedTensor):
-        refused = blocks.refusal(tensor.spec, tensor.shape[1])
-        if refused:
-            raise ExportError(f"{name} on grid {tensor.spec.name}: {refused}")
-        return blocks.block_type(tensor.spec), blocks.pack(tensor)
+        return blocks.stored(name, tensor)
     packed = np.ascontiguousarray(tensor) if name == tensors.TOKEN_TYPES else blocks.pack_float(tensor)
     return (BlockType.F16 if packed.dtype == np.float16 else BlockType.F32), packed
 

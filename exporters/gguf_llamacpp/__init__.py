@@ -134,10 +134,7 @@ def _pack(model: QuantizedModel, tensor: tensors.FileTensor, exact: bool) -> tup
         packed = np.ascontiguousarray(stacked, np.float32) if exact else blocks.pack_float(stacked)
         return (BlockType.F16 if packed.dtype == np.float16 else BlockType.F32), packed
     whole = concatenate_rows([take_rows(model.quantized[part.parameter], part.order()) for part in tensor.parts])
-    refused = blocks.refusal(whole.spec, whole.shape[1])
-    if refused:
-        raise ExportError(f"{tensor.name} on grid {whole.spec.name}: {refused}")
-    return blocks.block_type(whole.spec), blocks.pack(whole)
+    return blocks.stored(tensor.name, whole)
 
 
 def _grid_name(model: QuantizedModel, parameter: str) -> str:

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as BlockType
 
-from lilliput.errors import ArtifactError
+from lilliput.errors import ArtifactError, ExportError
 from lilliput.ggml.planes import Bytes, Plane, pack_scales, unpack_scales
 from lilliput.grid import GGUF_GRIDS, IQ4_CODEBOOK, Codes, Float, GridSpec, QuantizedTensor
 
@@ -108,6 +108,14 @@ def block_type(spec: GridSpec) -> BlockType:
     if spec.offset == "minimum":
         return BlockType.Q4_1 if spec.bits <= 4 else BlockType.Q5_1
     return BlockType.Q4_0 if spec.bits <= 4 else BlockType.Q5_0 if spec.bits == 5 else BlockType.Q8_0
+
+
+def stored(name: str, tensor: QuantizedTensor) -> tuple[BlockType, Bytes]:
+    """Type and bytes of tensor `name`. Raises ExportError where no block type holds its grid."""
+    refused = refusal(tensor.spec, tensor.shape[1])
+    if refused:
+        raise ExportError(f"{name} on grid {tensor.spec.name}: {refused}")
+    return block_type(tensor.spec), pack(tensor)
 
 
 def pack(tensor: QuantizedTensor) -> Bytes:
