@@ -205,16 +205,17 @@ def ladder(
 
 @app.command()
 def network(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="An encoder's folder, package:NAME/FILE, a .pt2, Keras or SavedModel.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     exporter: Annotated[str, typer.Option(help="`lilliput list network_exporters`.")] = "onnx_qdq",
     runtime: Annotated[str, typer.Option(help="`lilliput list network_runtimes`.")] = "ort_static_cpu",
     activations: Annotated[str, typer.Option(help="uint16, uint8, int16 or int8.")] = "uint16",
     integer: Annotated[str, typer.Option(help="all, products or matrices: the rest stays in float32.")] = "all",
-    grid: Annotated[list[str] | None, typer.Option(help="Of weights, in GGUF: the first that a row can have.")] = None,
+    grids: Annotated[list[str] | None, typer.Option("--grid", help="GGUF's: the first that a row can have.")] = None,
     positions: Annotated[int, typer.Option(help="Tokens of an encoder's input.")] = 128,
     samples: Annotated[Path | None, typer.Option(help="A text, or an .npz with an array per input.")] = None,
-    min_sqnr: Annotated[float, typer.Option(help="The gate on the loss, in dB.")] = 30.0,
+    min_sqnr_db: Annotated[float, typer.Option("--min-sqnr", help="The gate on the loss, in dB.")] = 30.0,
     chip: Annotated[str | None, typer.Option(help="A Snapdragon whose NPU is to take the nodes.")] = None,
     npu_floor: Annotated[float, typer.Option(min=0, max=1, help="The gate on their share.")] = 1.0,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read a .pt2, or Lambda layers.")] = False,
@@ -226,18 +227,26 @@ def network(
     from lilliput import static_network
     from lilliput.errors import InputError
 
+    asked: dict[str, object] = {
+        "source": source, "out": out, "exporter": exporter, "runtime": runtime, "activations": activations,
+        "integer": integer, "grids": grids, "positions": positions, "samples": samples, "min_sqnr_db": min_sqnr_db,
+        "chip": chip, "npu_floor": npu_floor, "allow_pickle": allow_pickle,
+    }  # fmt: skip
+    given = {name: value for name, value in asked.items() if _is_given(context, name)}
     try:
-        request = static_network.Request(
-            source=source, out=out, exporter=exporter, runtime=runtime, activations=activations,  # type: ignore[arg-type]
-            integer=integer, positions=positions, samples=samples, min_sqnr_db=min_sqnr, chip=chip,  # type: ignore[arg-type]
-            grids=tuple(grid or ()), npu_floor=npu_floor, allow_pickle=allow_pickle,
-        )  # fmt: skip
+        request = static_network.Request.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"--{first['loc'][0]}: {first['msg'].lower()}, seen {first['input']!r}") from error
     report = static_network.quantize(request)
     typer.echo(report.model_dump_json(indent=2) if as_json else "\n".join(static_network.lines(report)))
     raise typer.Exit(0 if report.verdict == "PASS" else 1)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user wrote it: what is a default alone may not fit a source, and is not asked for."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command()

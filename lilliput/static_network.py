@@ -139,7 +139,7 @@ def _check_request(request: Request) -> None:
             "choose another (`lilliput list network_runtimes`)"
         )
     alone = _weights_alone(request)
-    asked = [name for name in (STATIC if alone else ("grids",)) if _given(request, name)]
+    asked = [name for name in (STATIC if alone else ("grids",)) if name in request.model_fields_set]
     if asked:
         why = "holds weights alone" if alone else "has its own weight grid"
         raise InputError(f"exporter {request.exporter!r} {why}: leave {', '.join(asked)} out")
@@ -147,10 +147,6 @@ def _check_request(request: Request) -> None:
 
 def _weights_alone(request: Request) -> bool:
     return not registry.constant("network_exporters", request.exporter, "activations")
-
-
-def _given(request: Request, name: str) -> bool:
-    return bool(getattr(request, name) != Request.model_fields[name].default)
 
 
 def _solved(request: Request, network: Network, batches: Sequence[Batch]) -> QuantizedNetwork:
@@ -210,7 +206,7 @@ def _xnnpack(path: Path) -> Delegation | None:
 
 def _of_tensorflow(request: Request, path: Path) -> NetworkReport:
     """The file that tensorflow's converter makes, judged on both interpreters."""
-    asked = [name for name in SOLVED if _given(request, name)]
+    asked = [name for name in SOLVED if name in request.model_fields_set]
     if asked:
         raise InputError(f"{path}: tensorflow's converter chooses its codes, not {', '.join(asked)}: leave that out")
     made = converted.convert(

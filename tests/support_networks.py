@@ -163,17 +163,18 @@ def shown(report: NetworkReport, target: Target) -> Cell:
 
 
 def _request(model: Model, target: Target) -> Request:
-    folder = model.source.parent
-    request = Request(
-        source=str(model.source), out=folder / "converted", samples=model.samples, positions=tiny_networks.LENGTH,
-        min_sqnr_db=LEAST_SQNR_DB, allow_pickle=model.source.suffix == ".pt2",
-    )  # fmt: skip
-    if converted.is_source(model.source):
-        request = request.model_copy(update={"positions": Request.model_fields["positions"].default})
-        if target.runtime in converted.RUNTIMES:
-            return request
-    asked = {"exporter": target.exporter, "runtime": target.runtime, "activations": target.activations}
-    return request.model_copy(update={**asked, "out": folder / f"{target.exporter}-{target.runtime}"})
+    """A converter's own runtimes are not asked for: its file is judged on both."""
+    folder, converts = model.source.parent, converted.is_source(model.source)
+    asked: dict[str, object] = {
+        "source": str(model.source), "out": folder / "converted", "samples": model.samples,
+        "min_sqnr_db": LEAST_SQNR_DB, "allow_pickle": model.source.suffix == ".pt2",
+    }  # fmt: skip
+    if not converts:
+        asked["positions"] = tiny_networks.LENGTH
+    if not (converts and target.runtime in converted.RUNTIMES):
+        asked |= {"exporter": target.exporter, "runtime": target.runtime, "activations": target.activations}
+        asked["out"] = folder / f"{target.exporter}-{target.runtime}"
+    return Request.model_validate(asked)
 
 
 def _sizes() -> dict[str, int | float]:

@@ -78,7 +78,7 @@ def test_a_refusal_is_one_line_and_writes_nothing(
     assert network(folder, "lambda.keras", out) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "has a Lambda layer" in line
-    assert network(folder, "cnn.keras", out, "--exporter", "litert_static", "--chip", "sm8650") == 2
+    assert network(folder, "cnn.keras", out, "--exporter", "onnx_qdq", "--chip", "sm8650") == 2
     assert "chooses its codes, not exporter, chip" in capsys.readouterr().err
     assert cli.answer(["network", str(folder / "cnn.keras"), "--out", str(out)]) == 2
     assert "needs --samples, an .npz" in capsys.readouterr().err
